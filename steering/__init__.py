@@ -1,0 +1,1 @@
+"""The method, in the order the data walks it: relations, tokens, attention maps, loss, gradient, latent."""

@@ -1,0 +1,183 @@
+"""Recording cross-attention: from q and k to the maps of the words asked for.
+
+Nothing here knows a host or an architecture; `backbones/` brings q, k and the grid.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORWARD_KEY = "learn_to_steer_forward"
+ROWS_TIMES_TOKENS = 2**24  # logits held at once, in elements over batch and heads (64 MB in fp32)
+
+
+class WordMaps(torch.autograd.Function):
+    """softmax(scale · q kᵀ) over the tokens, averaged over each word's tokens.
+
+    Only the words' columns leave this function and only q and k are kept for backward, which computes the
+    logits again, some image rows at a time: the full image × text map of a layer never exists at once.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, weights: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, weights)
+        ctx.scale = scale
+        return torch.cat([_probabilities(rows, k, scale) @ weights.T for rows in _pieces(q, k)], dim=2).transpose(2, 3)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        q, k, weights = ctx.saved_tensors
+        gradient = gradient.transpose(2, 3)  # [B, heads, rows, words]
+        dq, dk, start = [], torch.zeros_like(k, dtype=torch.float32), 0
+        for rows in _pieces(q, k):
+            p = _probabilities(rows, k, ctx.scale)
+            dp = gradient[:, :, start:start + rows.shape[2]].to(p.dtype) @ weights
+            dlogits = ctx.scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+            dq.append(dlogits @ k.to(p.dtype))
+            dk += dlogits.transpose(2, 3) @ rows.to(p.dtype)
+            start += rows.shape[2]
+        return torch.cat(dq, dim=2).to(q.dtype), dk.to(k.dtype), None, None
+
+
+def _pieces(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    per_row = q.shape[0] * q.shape[1] * k.shape[2]
+    return q.split(max(1, ROWS_TIMES_TOKENS // per_row), dim=2)
+
+
+def _probabilities(rows: Tensor, k: Tensor, scale: float) -> Tensor:
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    return torch.softmax(scale * (rows.to(precision) @ k.to(precision).transpose(2, 3)), dim=-1)
+
+
+def word_maps(q: Tensor, k: Tensor, weights: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of every image row to each word.
+
+    q: [B, heads, rows, d]; k: [B, heads, tokens, d]; weights: [words, tokens], a word's row sums to 1 over its
+    tokens; scale: 1/√d unless given. Returns [B, heads, words, rows] in at least fp32: probabilities.
+    """
+    weights = weights.to(device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    return WordMaps.apply(q, k, weights, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """Maps of one attention layer. maps: [B, heads, words, h, w], probabilities; order: place in execution."""
+
+    name: str
+    order: int
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What one forward pass shows of the words `phrases`.
+
+    layers: resolution ascending, within a resolution in execution order (paper: "Which maps, in which order").
+    """
+
+    phrases: tuple[str, ...]
+    layers: tuple[LayerMaps, ...]
+
+    @staticmethod
+    def collect(phrases: tuple[str, ...], layers: list[LayerMaps]) -> AttentionMaps:
+        ordered = sorted(layers, key=lambda layer: (layer.maps.shape[-2] * layer.maps.shape[-1], layer.order))
+        return AttentionMaps(phrases, tuple(ordered))
+
+    @property
+    def channels(self) -> int:
+        """Layers × heads: the number of maps per word."""
+        return sum(layer.maps.shape[1] for layer in self.layers)
+
+    def stack(self, size: int | tuple[int, int], normalise: str = "resized") -> Tensor:
+        """All maps at one resolution: [B, words, channels, size, size].
+
+        normalise: "resized" divides each map by its sum when any layer had to be resized (the published
+        classifiers' rule; raw probabilities otherwise), "always" always, "never" never.
+        """
+        size = (size, size) if isinstance(size, int) else size
+        resized = any(tuple(layer.maps.shape[-2:]) != size for layer in self.layers)
+        parts = []
+        for layer in self.layers:
+            batch, heads, words, h, w = layer.maps.shape
+            maps = layer.maps.transpose(1, 2).reshape(batch * words, heads, h, w)
+            if (h, w) != size:
+                maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+            parts.append(maps.reshape(batch, words, heads, *size))
+        stacked = torch.cat(parts, dim=2)
+        if normalise == "always" or (normalise == "resized" and resized):
+            stacked = stacked / (stacked.sum(dim=(-2, -1), keepdim=True) + 1e-8)
+        return stacked
+
+
+@dataclass(frozen=True)
+class WordColumns:
+    """Where words stand among the text tokens that the model attends to.
+
+    phrases: W words; weights: [W, tokens], rows sum to 1; tokens is the length of the conditioning itself.
+    """
+
+    phrases: tuple[str, ...]
+    weights: Tensor
+
+    @staticmethod
+    def build(positions: Mapping[str, tuple[int, ...]], tokens: int) -> WordColumns:
+        weights = torch.zeros(len(positions), tokens)
+        for row, columns in enumerate(positions.values()):
+            weights[row, list(columns)] = 1.0 / len(columns)
+        return WordColumns(tuple(positions), weights)
+
+    def tiled(self, tokens: int) -> Tensor:
+        """Weights for a batch in which the host repeated the conditioning to reach `tokens` tokens.
+
+        Equal keys share the probability equally, so the sum over the copies is the map without repetition.
+        """
+        own = self.weights.shape[1]
+        if tokens % own:
+            raise ValueError(f"The model attends to {tokens} text tokens, the conditioning has {own}: the words' "
+                             "places are not known. Something between the text encoder and the sampler changed the "
+                             "conditioning's length.")
+        return self.weights.repeat(1, tokens // own)
+
+
+@dataclass
+class MapRecorder:
+    """Collects maps during one forward pass, for the conditionings that it knows.
+
+    columns: one WordColumns per conditioning, by the host's uuid of that conditioning; all have the same phrases.
+    forward: only passes whose transformer_options carry this under FORWARD_KEY are recorded, so that a capture does
+    not record the extra passes of steering, nor the other way round.
+    """
+
+    columns: Mapping[object, WordColumns]
+    forward: object = None
+    layers: list[LayerMaps] = field(default_factory=list)
+    active: bool = True
+
+    def record(self, name: str, order: int, q: Tensor, k: Tensor, grid: tuple[int, int], options: dict) -> None:
+        """q: [N, heads, h·w, d], k: [N, heads, tokens, d] of the host's whole batch; options: transformer_options."""
+        if not self.active or options.get(FORWARD_KEY) is not self.forward:
+            return
+        for index, uuid in enumerate(options.get("uuids", ())):
+            columns = self.columns.get(uuid)
+            if columns is None:
+                continue
+            batch = q.shape[0] // len(options["uuids"])
+            chunk = slice(index * batch, (index + 1) * batch)
+            maps = word_maps(q[chunk], k[chunk], columns.tiled(k.shape[2]))
+            self.layers.append(LayerMaps(name, order, maps.reshape(*maps.shape[:3], *grid)))
+            return
+
+    def take(self) -> AttentionMaps:
+        """What was recorded since the last call."""
+        phrases = next(iter(self.columns.values())).phrases if self.columns else ()
+        layers, self.layers = self.layers, []
+        return AttentionMaps.collect(phrases, layers)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, rows, heads·d] → [B, heads, rows, d]."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)

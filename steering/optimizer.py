@@ -1,0 +1,111 @@
+"""The update loop of one denoising step, and when it stops (paper: "Inference", item 4). Plain tensors, no host."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objective import Judgement, total_loss
+from .report import UpdateRecord
+
+UPDATE_RULES = ("normalised", "raw gradient")
+RELATIONS_PER_UPDATE = ("all", "one")
+
+
+@dataclass(frozen=True)
+class SteeringSettings:
+    """How to steer.
+
+    start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
+    in percent of a unit-variance latent's norm; with "raw gradient" (the paper's rule), the factor on the gradient.
+    Both in model-input space. max_updates: per denoising step. stop_probability: a step ends once every relation
+    reached it. relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule).
+    """
+
+    start: float = 0.0
+    end: float = 0.5
+    step_size: float = 2.0
+    max_updates: int = 2
+    stop_probability: float = 0.9
+    update_rule: str = "normalised"
+    relations_per_update: str = "all"
+    recompute: bool = False
+
+    @property
+    def is_off(self) -> bool:
+        return self.step_size == 0 or self.max_updates == 0 or self.end <= self.start
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A denoising step: its index, its sigma, and the fraction of the schedule that lies behind it."""
+
+    step: int
+    sigma: float
+    progress: float
+
+
+@dataclass
+class Look:
+    """One evaluation at a latent: what the classifier says, and the way back to the latent.
+
+    gradient(loss): d loss / d latent, [B, …], in model-input space; may be called once.
+    """
+
+    judgement: Judgement
+    gradient: Callable[[Tensor], Tensor]
+
+
+def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
+    """The move against the gradient, [B, …], in model-input space."""
+    if settings.update_rule == "raw gradient":
+        return -settings.step_size * gradient
+    flat = gradient.flatten(1)
+    length = settings.step_size / 100 * flat.shape[1] ** 0.5
+    norm = flat.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    return -gradient * (length / norm).reshape(-1, *[1] * (gradient.ndim - 1))
+
+
+def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: tuple[float, ...],
+               settings: SteeringSettings, moment: Moment, turn: int = 0,
+               on_record: Callable[[UpdateRecord], None] = lambda record: None) -> Tensor:
+    """Moves `latent` [B, …] (model-input space) until every relation holds or the updates are used up.
+
+    look: evaluates a latent, None where the host ran nothing that could be read; turn: updates before this step, for
+    taking turns; on_record: called after each evaluation, may raise to interrupt. Each picture of the batch stops on
+    its own. A non-finite gradient moves nothing.
+    """
+    for update in range(settings.max_updates):
+        began = time.perf_counter()
+        seen = look(latent)
+        if seen is None:
+            on_record(_record(moment, update, None, None, None, None, "not recorded", began))
+            return latent
+        counted = [index for index, weight in enumerate(weights) if weight > 0]
+        open_pictures = ~(seen.judgement.probability[:, counted] >= settings.stop_probability).all(-1)
+        chosen = counted[(turn + update) % len(counted)] if settings.relations_per_update == "one" else None
+        loss = total_loss(seen.judgement, weights, chosen)
+        if not open_pictures.any():
+            on_record(_record(moment, update, seen, loss, None, open_pictures, "satisfied", began))
+            return latent
+        gradient = seen.gradient(loss)
+        finite = gradient.flatten(1).isfinite().all(-1)
+        moved = open_pictures & finite
+        mask = moved.reshape(-1, *[1] * (latent.ndim - 1))
+        latent = torch.where(mask, latent + displacement(gradient, settings), latent)
+        outcome = "moved" if finite[open_pictures].all() else "non-finite gradient"
+        on_record(_record(moment, update, seen, loss, gradient, moved, outcome, began))
+    return latent
+
+
+def _record(moment: Moment, update: int, look: Look | None, loss: Tensor | None, gradient: Tensor | None,
+            moved: Tensor | None, outcome: str, began: float) -> UpdateRecord:
+    return UpdateRecord(
+        step=moment.step, update=update, sigma=moment.sigma, progress=moment.progress,
+        loss=() if loss is None else tuple(loss.detach().tolist()),
+        probability=() if look is None else tuple(map(tuple, look.judgement.probability.tolist())),
+        gradient_norm=None if gradient is None else tuple(gradient.flatten(1).norm(dim=1).tolist()),
+        moved=() if moved is None else tuple(moved.tolist()), outcome=outcome, seconds=time.perf_counter() - began)

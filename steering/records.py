@@ -1,0 +1,61 @@
+"""What a sampler run leaves behind: maps and reports, found again by the latent that came out of the run."""
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .report import SteeringReport
+
+RUNS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class StepMaps:
+    """Maps of one denoising step, on the CPU in fp32. average: [B, words, h, w], the mean over layers and heads;
+    every: [B, words, layers·heads, h, w] where it was asked for."""
+
+    step: int
+    sigma: float
+    average: Tensor
+    every: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """The maps of one sampler run. layers: names of the layers read; steps: in order."""
+
+    phrases: tuple[str, ...]
+    layers: tuple[str, ...]
+    steps: tuple[StepMaps, ...]
+
+    def average(self) -> Tensor:
+        """Mean over the recorded steps: [B, words, h, w]."""
+        return torch.stack([step.average for step in self.steps]).mean(0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampler run: the latent it gave (None if it did not end), its maps, its report."""
+
+    samples: Tensor | None
+    maps: AttentionRecord
+    report: SteeringReport | None = None
+
+
+@dataclass
+class RunLog:
+    """The last runs of one patched MODEL. Filled while sampling, read by the nodes behind the sampler."""
+
+    runs: deque[Run] = field(default_factory=lambda: deque(maxlen=RUNS_KEPT))
+
+    def find(self, samples: Tensor) -> Run:
+        """The run that gave this latent. Raises LookupError where none did."""
+        wanted = samples.detach().float().cpu()
+        for run in reversed(self.runs):
+            if run.samples is not None and run.samples.shape == wanted.shape and torch.equal(run.samples, wanted):
+                return run
+        raise LookupError("input 'samples': no run of this model gave this latent. Connect the LATENT output of the "
+                          "sampler that uses the patched model, straight, with nothing in between that changes it.")

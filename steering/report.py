@@ -1,0 +1,72 @@
+"""What steering did: one record an update, kept as plain numbers."""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """One look at the maps inside a denoising step, and the move that followed it, if any.
+
+    Per picture of the batch: loss (the descended one), probability[picture][relation] of the relation asked for,
+    gradient_norm (model-input space; None where no gradient was taken), moved. outcome: "moved", "satisfied" (every
+    picture reached the stopping probability), "non-finite gradient" or "not recorded".
+    """
+
+    step: int
+    update: int
+    sigma: float
+    progress: float
+    loss: tuple[float, ...]
+    probability: tuple[tuple[float, ...], ...]
+    gradient_norm: tuple[float, ...] | None
+    moved: tuple[bool, ...]
+    outcome: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SteeringReport:
+    """relations: in words; steps: length of the schedule; notes: what the user should know about this run."""
+
+    relations: tuple[str, ...]
+    classifier: str
+    steps: int
+    records: tuple[UpdateRecord, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gradient_evaluations(self) -> int:
+        return sum(record.gradient_norm is not None for record in self.records)
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.records)
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out because their gradient was not finite."""
+        return sum(record.outcome == "non-finite gradient" for record in self.records)
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
+
+    def to_text(self) -> str:
+        """A few lines for a person, then a table."""
+        lines = [f"classifier: {self.classifier}"] + [f"relation: {relation}" for relation in self.relations]
+        lines += [f"note: {note}" for note in self.notes]
+        if not self.records:
+            return "\n".join([*lines, "nothing was steered"])
+        outcomes = Counter(record.outcome for record in self.records)
+        lines.append(f"{self.gradient_evaluations} gradient evaluations in {len({r.step for r in self.records})} of "
+                     f"{self.steps} steps, {self.seconds:.1f} s; "
+                     + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+        lines.append("step update  sigma   loss  |gradient|  probability  outcome")
+        for record in self.records:
+            norm = "         -" if record.gradient_norm is None else f"{record.gradient_norm[0]:10.3g}"
+            shares = " ".join(f"{value:.2f}" for value in record.probability[0]) if record.probability else "-"
+            loss = f"{record.loss[0]:6.3f}" if record.loss else "     -"
+            lines.append(f"{record.step:4d} {record.update:6d} {record.sigma:6.2f} {loss}  {norm}  {shares:>11}  "
+                         f"{record.outcome}")
+        return "\n".join(lines)
