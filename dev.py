@@ -37,7 +37,9 @@ def command_run(env: Environment, arguments: argparse.Namespace) -> int:
 
 def command_test(env: Environment, arguments: argparse.Namespace) -> int:
     env.need("pytest")
-    return env.call("-m", "pytest", *arguments.rest)
+    tests = ROOT / "tests"
+    named = any((ROOT / word.split("::")[0]).exists() for word in arguments.rest)
+    return env.call("-m", "pytest", "-c", str(tests / "pytest.ini"), *arguments.rest, *([] if named else [str(tests)]))
 
 
 def command_bench(env: Environment, arguments: argparse.Namespace) -> int:
@@ -63,6 +65,8 @@ def command_serve(env: Environment, arguments: argparse.Namespace) -> int:
 
 
 def command_demo(env: Environment, arguments: argparse.Namespace) -> int:
+    if not DEMO_WORKFLOW.is_file():
+        raise Failure(f"{DEMO_WORKFLOW} is missing; is this the whole repository?")
     out = Path(arguments.out).expanduser().resolve()
     server = Server(env.python, env.host, port=arguments.port)
     try:

@@ -99,7 +99,7 @@ def _pick(rows: Sequence[Sequence[float]], index: int) -> list[Point]:
 
 
 def _curves(canvas: Canvas, frame: Frame, rows: Sequence[Sequence[float]], colour: Colour) -> list[Point]:
-    """The mean of each row as a line, with a thin line per column where there are several. Returns the mean's points."""
+    """The mean of each row as a line, and a thin line per column of several. Returns the mean's points."""
     columns = max((len(row) for row in rows), default=0)
     for column in range(columns if columns > 1 else 0):
         for run in frame.runs(_pick(rows, column)):
@@ -107,6 +107,8 @@ def _curves(canvas: Canvas, frame: Frame, rows: Sequence[Sequence[float]], colou
     mean = [(number, _mean(row)) for number, row in enumerate(rows)]
     for run in frame.runs(mean):
         canvas.line(run, colour, 2.4)
+        if len(run) == 1:  # a value between two gaps
+            canvas.disc(*run[0], 2.4, colour)
     return mean
 
 

@@ -44,6 +44,11 @@ _DETERMINERS = _ORDINALS | _set(
     "each every several many few")
 _CLAUSE = _set("while where whereas when but then break showing shows show depicting depicts featuring features "
                "containing contains including")
+_JOINTS = {word: kind for kind, words in {
+    "and": _set("and plus & +"), "or": _set("or nor"), "with": _set("with"), "both": _set("both"), "clause": _CLAUSE,
+    "relative": _set("which who whose whom"), "it": _set("it he she it's he's she's it’s he’s she’s"),
+}.items() for word in words}
+_NEGATIONS = _set("not no never cannot")
 _BESIDE = _set("next beside besides behind near nearby inside alongside close adjacent")
 _PREPOSITIONS = _set(
     "in on at by from for into onto to through across around along among between against toward towards out off upon "
@@ -53,14 +58,15 @@ _VERBS = {"is": "is", "are": "are", "was": "is", "were": "are", "sits": "is", "s
           "there": "is"}
 _OTHER_VERBS = _set(
     "be been being has have had having can could should must will would may might do does sit lie lay lays rests "
-    "hangs floats flies hovers hover stays stay remains remain appears appear seems looks goes holds wears watches sleeps eats runs walks jumps plays "
+    "hangs floats flies hovers hover stays stay remains remain appears appear seems looks goes holds wears watches "
+    "sleeps eats runs walks jumps plays "
     "sat stood hung rested floated hovered flew")
 _PARTICIPLES = _set(
     "placed located positioned situated seated seen shown stacked hung perched parked laid mounted set made "
     "surrounded covered painted drawn rendered photographed taken left right dressed")
 _PLURAL_VERBS = _set("stand fly rest float set hang look hold wear watch eat sleep run walk jump play")
 _COMMANDS = _set("draw paint generate create make put place show imagine see render add i we you here please")
-_UNCLEAR = _set("they them both what nothing everything something someone nobody all little much whatever who's what's")
+_UNCLEAR = _set("they them what nothing everything something someone nobody all little much whatever who's what's")
 _PICTURES = _set(
     "photo photos photograph picture pictures image images painting drawing render rendering sketch illustration shot "
     "view close-up closeup portrait watercolor watercolour cartoon depiction scene screenshot snapshot artwork art "
@@ -88,7 +94,7 @@ def plain_text(prompt: str) -> str:
         return " " * len(match.group())
 
     text = re.sub(r"\\[()\[\]{}]", ", ", prompt)  # an escaped bracket is a real one: a break in the text
-    text = re.sub(r":\s*[-+.\d]+\s*(?=[)\]}])", blank, text)
+    text = re.sub(r":\s{0,4}[-+.\d]{1,12}\s{0,4}(?=[)\]}])", blank, text)
     return re.sub(r"[()\[\]{}]", blank, text)
 
 
@@ -165,24 +171,14 @@ class _Scanner:
                 self._noun = []  # "a big, red dog": the phrase is "red dog"
             else:
                 self.mark("newline" if word[0] == "\n" else "comma")
-        elif word in ("and", "plus", "&", "+"):
-            self.mark("and")
-        elif word in ("or", "nor"):
-            self.mark("or")
-        elif word == "with":
-            self.mark("with")
-        elif word in ("not", "no", "never", "cannot") or word.endswith(("n't", "n’t")):
+        elif word.endswith(("n't", "n’t")) or word in _NEGATIONS:
             self.mark("not", self._link)
-        elif word in ("which", "who", "whose", "whom") or word == "that" and (not first or self.elements):
+        elif word == "that" and (not first or self.elements):
             self.mark("relative")
-        elif word in ("it", "he", "she", "it's", "he's", "she's", "it’s"):
-            self.mark("it")
-        elif word == "both":
-            self.mark("both")
-        elif word in _UNCLEAR and (first and not self._determiners):
+        elif word in _JOINTS:
+            self.mark(_JOINTS[word])
+        elif word in _UNCLEAR and first and not self._determiners:
             self.mark("unclear")
-        elif word in _CLAUSE:
-            self.mark("clause")
         elif word in _BESIDE or word == "in" and following == "front":
             self.mark("preposition", "beside")
         elif word in _PREPOSITIONS:

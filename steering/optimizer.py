@@ -71,11 +71,13 @@ def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
 
 def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: tuple[float, ...],
                settings: SteeringSettings, moment: Moment, turn: int = 0,
-               on_record: Callable[[UpdateRecord], None] = lambda record: None) -> Tensor:
+               on_record: Callable[[UpdateRecord], None] = lambda record: None,
+               move: Callable[[Tensor, SteeringSettings], Tensor] = displacement) -> Tensor:
     """Moves `latent` [B, …] (model-input space) until every relation holds or the updates are used up.
 
     look: evaluates a latent, None where the host ran nothing that could be read; turn: updates before this step, for
-    taking turns; on_record: called after each evaluation, may raise to interrupt. Each picture of the batch stops on
+    taking turns; on_record: called after each evaluation, may raise to interrupt; move: from a gradient to the
+    displacement. Each picture of the batch stops on
     its own. A non-finite gradient moves nothing.
     """
     for update in range(settings.max_updates):
@@ -95,7 +97,7 @@ def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: t
         finite = gradient.flatten(1).isfinite().all(-1)
         moved = open_pictures & finite
         mask = moved.reshape(-1, *[1] * (latent.ndim - 1))
-        latent = torch.where(mask, latent + displacement(gradient, settings), latent)
+        latent = torch.where(mask, latent + move(gradient, settings), latent)
         outcome = "moved" if finite[open_pictures].all() else "non-finite gradient"
         on_record(_record(moment, update, seen, loss, gradient, moved, outcome, began))
     return latent

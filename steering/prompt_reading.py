@@ -10,6 +10,7 @@ How prompts are read where English leaves a choice:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .noun_phrases import Element, Mark, Noun, plain_text, scan
@@ -18,13 +19,14 @@ from .predicates import find_predicates
 Triple = tuple[str, tuple[str, ...], str]
 
 _BOUNDARIES = ("and", "or", "comma", "newline", "clause", "with")
-_SENTENCE_END = re.compile(r"[.!?;。！？]+(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
 _FRAME = frozenset("image picture photo photograph frame scene canvas page shot composition viewer camera foreground "
                    "background".split())
 _AMBIENT = frozenset("sea ocean water sun moon moonlight starlight sunlight sunshine sky skies rain snow stars light "
                      "lights lighting night clouds".split())
-_WORN = frozenset("hat cap beard moustache mustache glasses sunglasses scarf crown helmet hair fur eyes ears tail horns "
-                  "wings collar tie bow ribbon shirt dress jacket coat shoes boots backpack smile stripes spots".split())
+_WORN = frozenset("hat cap beard moustache mustache glasses sunglasses scarf crown helmet hair fur eyes ears tail "
+                  "horns wings collar tie bow ribbon shirt dress jacket coat shoes boots backpack smile stripes "
+                  "spots".split())
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
 
 
@@ -118,10 +120,15 @@ def _same_place(one: Noun, other: Noun) -> bool:
     return one.start == other.start
 
 
+def _boundaries(elements: list[Element]) -> list[int]:
+    """Indices of the marks that separate two phrases."""
+    return [index for index, element in enumerate(elements) if isinstance(element, Mark)
+            and element.kind in _BOUNDARIES and not _describes(elements[index:index + 2])]
+
+
 def _last_boundary(elements: list[Element]) -> int:
     """Index of the last mark that separates two phrases; -1 without any."""
-    return max((index for index, element in enumerate(elements) if isinstance(element, Mark)
-                and element.kind in _BOUNDARIES and not _describes(elements[index:index + 2])), default=-1)
+    return max(_boundaries(elements), default=-1)
 
 
 def _describes(pair: list[Element]) -> bool:
@@ -143,12 +150,12 @@ def _subject_of_clause(clause: list[Element]) -> Noun | None:
 
 def _main_noun(elements: list[Element]) -> list[Noun]:
     """The first free phrase of the last clause that has one: what "it" or a new predicate would speak of."""
-    while elements:
-        cut = _last_boundary(elements)
-        nouns = _nouns(elements[cut + 1:])
+    stop = len(elements)
+    for cut in reversed([-1, *_boundaries(elements)]):
+        nouns = _nouns(elements[cut + 1:stop])
         if nouns:
             return [next((noun for noun in nouns if noun.link in ("free", "new", "verb")), nouns[0])]
-        elements = elements[:max(cut, 0)]
+        stop = cut
     return []
 
 
@@ -219,10 +226,22 @@ def _is_setting(predicate: _Predicate, thing: Noun) -> bool:
     return bool(_UNDER.fullmatch(predicate.words)) and last in _AMBIENT and (definite or last in ("sky", "skies"))
 
 
-def count_occurrences(words: str, text: str, end: int) -> int:
-    """How often `words` stand in the text before position `end`, as whole words, whatever the case."""
+def occurrences(words: str, text: str) -> list[tuple[int, int]]:
+    """(start, end) of each place where `words` stand in the text as whole words, whatever the case."""
     pattern = r"\s+".join(re.escape(word) for word in words.split())
-    return sum(1 for _ in re.finditer(rf"(?<!\w){pattern}(?!\w)", text[:end], re.IGNORECASE))
+    return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
+
+
+def first_alone(words: str, text: str, longer: Iterable[tuple[int, int]]) -> int:
+    """Number (from 1) of the first occurrence that is not inside a longer phrase ("dog" in "hot dog"); 0 for none.
+
+    longer: (start, end) of the phrases in the text.
+    """
+    spans = list(longer)
+    for number, (start, end) in enumerate(occurrences(words, text), 1):
+        if not any(first <= start and end <= last and last - first > end - start for first, last in spans):
+            return number
+    return 0
 
 
 class _Names:
@@ -230,34 +249,24 @@ class _Names:
 
     def __init__(self, text: str, nouns: list[Noun]):
         self._text = text
-        self._longer = nouns
+        self._spans = [(noun.start, noun.end) for noun in nouns]
         self._names: dict[str, list[str]] = {}
 
     def name(self, noun: Noun) -> str:
-        key = " ".join(noun.words.lower().split())
-        known = self._names.setdefault(key, [])
+        words = " ".join(noun.words.split())
+        known = self._names.setdefault(words.lower(), [])
         ordinals = {"another", "other", "second", "third"} & set(noun.determiners)
         again = known[0] if known else ""
         if ordinals:
             again = known[-1] if "the" in noun.determiners and len(known) > 1 else ""
-        if again:
-            return again
-        number = count_occurrences(noun.words, self._text, noun.end)
-        if not ordinals:
-            number = self._first_free(noun, number)
-        words = " ".join(noun.words.split())
-        known.append(words if number <= 1 else f"{words}#{number}")
-        return known[-1]
-
-    def _first_free(self, noun: Noun, last: int) -> int:
-        """Number of the first occurrence that is not inside a longer phrase ("dog" inside "red dog")."""
-        pattern = r"\s+".join(re.escape(word) for word in noun.words.split())
-        for number, match in enumerate(re.finditer(rf"(?<!\w){pattern}(?!\w)", self._text, re.IGNORECASE), 1):
-            inside = any(other.start <= match.start() and match.end() <= other.end
-                         and other.end - other.start > match.end() - match.start() for other in self._longer)
-            if not inside or number >= last:
-                return number
-        return last
+        if not again:
+            if ordinals:
+                number = sum(1 for _, end in occurrences(words, self._text) if end <= noun.end)
+            else:
+                number = first_alone(words, self._text, self._spans)
+            again = words if number <= 1 else f"{words}#{number}"
+            known.append(again)
+        return again
 
 
 def read_triples(prompt: str) -> list[Triple]:

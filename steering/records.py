@@ -47,12 +47,22 @@ class Run:
 
 @dataclass
 class RunLog:
-    """The last runs of one patched MODEL. Filled while sampling, read by the nodes behind the sampler."""
+    """The last runs of one patched MODEL. Filled while sampling, read by the nodes behind the sampler.
 
+    unsteered: stands for every run where there was nothing to steer, so the MODEL carries no patch.
+    """
+
+    unsteered: Run | None = None
     runs: deque[Run] = field(default_factory=lambda: deque(maxlen=RUNS_KEPT))
+
+    @property
+    def last(self) -> Run:
+        return self.unsteered or self.runs[-1]
 
     def find(self, samples: Tensor) -> Run:
         """The run that gave this latent. Raises LookupError where none did."""
+        if self.unsteered is not None:
+            return self.unsteered
         wanted = samples.detach().float().cpu()
         for run in reversed(self.runs):
             if run.samples is not None and run.samples.shape == wanted.shape and torch.equal(run.samples, wanted):

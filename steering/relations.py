@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from .noun_phrases import plain_text
 from .predicates import HORIZONTAL, RELATIONS, VERTICAL, RelationError, parse_predicate
-from .prompt_reading import count_occurrences, read_triples
+from .prompt_reading import first_alone, occurrences, read_triples
 
 __all__ = ["RELATIONS", "Relation", "RelationError", "RelationGraph", "build_graph", "parse_predicate", "read_lines",
            "read_prompt", "split_occurrence"]
@@ -39,8 +39,8 @@ class Relation:
             raise RelationError(f"The relation {str(self)!r} lacks its subject or its object. Name both.")
         diagonal = len(self.predicates) == 2 and self.predicates[0] in VERTICAL and self.predicates[1] in HORIZONTAL
         if not diagonal and (len(self.predicates) != 1 or not self.predicates[0].strip()):
-            raise RelationError(f"The relation {str(self)!r} has the predicates {self.predicates!r}. Give one, or two for "
-                                "a diagonal: first above or below, then to the left of or to the right of.")
+            raise RelationError(f"The relation {str(self)!r} has the predicates {self.predicates!r}. Give one, or two "
+                                "for a diagonal: first above or below, then to the left of or to the right of.")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise RelationError(f"The relation {str(self)!r} has the weight {self.weight}. Give a number of 0 or more.")
 
@@ -66,9 +66,10 @@ class RelationGraph:
         for axis, names in _AXES.items():
             cycle = _find_cycle(self.relations, names)
             if len(cycle) == 1:
-                raise RelationError(f"A thing cannot stand in a relation to itself: {cycle[0]}. If two are meant, write "
-                                    f"\"another {split_occurrence(cycle[0].object)[0]}\" in the prompt, or name the "
-                                    f"second one \"{split_occurrence(cycle[0].object)[0]}#2\" in the relation.")
+                words = split_occurrence(cycle[0].object)[0]
+                raise RelationError(f"A thing cannot stand in a relation to itself: {cycle[0]}. If two are meant, "
+                                    f"write \"another {words}\" in the prompt, or name the second one "
+                                    f"\"{words}#2\" in the relation.")
             if cycle:
                 raise RelationError(f"These relations contradict each other {axis}: {'; '.join(map(str, cycle))}. "
                                     "Remove or reverse one of them, or give it the weight 0.")
@@ -80,7 +81,8 @@ class RelationGraph:
         else:
             lines = ["1 relation:" if len(self.relations) == 1 else f"{len(self.relations)} relations:"]
         for number, relation in enumerate(self.relations, 1):
-            weight = "" if relation.weight == 1 else f"  (weight {relation.weight:g}{'' if relation.weight else ': off'})"
+            off = "" if relation.weight else ": off"
+            weight = "" if relation.weight == 1 else f"  (weight {relation.weight:g}{off})"
             lines.append(f"{number}. {relation}{weight}")
         return "\n".join(lines + ([f"Prompt: {self.prompt}"] if self.prompt else []))
 
@@ -98,7 +100,10 @@ def _key(phrase: str) -> tuple[str, int]:
 
 
 def _find_cycle(relations: Sequence[Relation], names: tuple[str, str]) -> list[Relation]:
-    """Relations of the first cycle along one axis, in order; empty without any. `names`: (before, after) on the axis."""
+    """Relations of the first cycle along one axis, in order, or none.
+
+    names: the axis' relations; the subject comes first with names[0], the object with names[1].
+    """
     edges: dict[tuple[str, int], list[tuple[tuple[str, int], Relation]]] = {}
     for relation in relations:
         name = next((predicate for predicate in relation.predicates if predicate in names), None)
@@ -180,13 +185,16 @@ def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) ->
     """The checked graph of explicit relations (`lines`, `extra`) if there are any, else of those read from the prompt.
 
     With explicit relations and an empty prompt, a prompt is written from them; the occurrences in its text then
-    number phrases such as "dog#2". Raises RelationError for an unreadable line and for contradictions.
+    number phrases such as "dog#2". In a given prompt, "dog" beside "hot dog" means the first dog that is not the hot
+    one. Raises RelationError for an unreadable line and for contradictions.
     """
     explicit = _same_spelling((*read_lines(lines), *extra))
     if explicit and not prompt.strip():
         graph = _write_prompt(explicit)
+    elif explicit:
+        graph = RelationGraph(_number_in(prompt, explicit), prompt)
     else:
-        graph = RelationGraph(explicit or read_prompt(prompt), prompt)
+        graph = RelationGraph(read_prompt(prompt), prompt)
     graph.check()
     return graph
 
@@ -196,6 +204,19 @@ def _same_spelling(relations: Sequence[Relation]) -> tuple[Relation, ...]:
     spelling: dict[tuple[str, int], str] = {}
     return tuple(replace(relation, subject=spelling.setdefault(_key(relation.subject), relation.subject),
                          object=spelling.setdefault(_key(relation.object), relation.object)) for relation in relations)
+
+
+def _number_in(prompt: str, relations: Sequence[Relation]) -> tuple[Relation, ...]:
+    """The relations with phrases numbered whose first occurrence in the prompt is part of another phrase."""
+    text = plain_text(prompt)
+    phrases = RelationGraph(tuple(relations)).phrases
+    spans = [span for phrase in phrases for span in occurrences(split_occurrence(phrase)[0], text)]
+    names = {}
+    for phrase in phrases:
+        number = first_alone(phrase, text, spans)
+        names[phrase] = phrase if number <= 1 or f"{phrase}#{number}" in phrases else f"{phrase}#{number}"
+    return tuple(replace(relation, subject=names[relation.subject], object=names[relation.object])
+                 for relation in relations)
 
 
 def _write_prompt(relations: Sequence[Relation]) -> RelationGraph:
@@ -223,7 +244,7 @@ def _mention(text: str, phrase: str, names: dict[str, str], with_article: bool =
         article = "another " if occurrence > 1 else "an " if _AN.match(words) else "a "
     text = f"{text} {article}{words}"
     if phrase not in names:
-        number = count_occurrences(words, text, len(text))
+        number = len(occurrences(words, text))
         names[phrase] = words if number == 1 else f"{words}#{number}"
     return text
 

@@ -22,7 +22,7 @@ from .attention import FORWARD_KEY, AttentionMaps, MapRecorder
 from .backbones import find_backbone
 from .gradient import FrozenControl, differentiable, differentiable_attention
 from .objective import judge
-from .optimizer import Look, Moment, SteeringSettings, steer_step
+from .optimizer import Look, SteeringSettings, displacement, steer_step
 from .records import AttentionRecord, Run, RunLog, StepMaps
 from .relations import RelationGraph
 from .report import SteeringReport, UpdateRecord
@@ -30,6 +30,7 @@ from .stepping import SampledModel, Schedule, SteeringError, first_evaluations, 
 from .tokens import find_columns
 
 log = logging.getLogger("learn_to_steer")
+
 
 class PositiveOnly:
     """Stands where the host's inpainting model expects the guider: the positive conditioning alone, without CFG."""
@@ -161,7 +162,8 @@ class SteeringSession(Session):
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(start))
             look = functools.partial(self._look, host_model, sigma, scale, arguments, step)
             end = steer_step(start * scale, look, tuple(relation.weight for relation in relations), settings,
-                             self.schedule.moment(step), sum(r.step < step for r in self.records), self._on_record)
+                             self.schedule.moment(step), sum(r.step < step for r in self.records), self._on_record,
+                             self.steering.move)
             difference = (end - start * scale) / scale
         maps = self.last_maps
         if maps is not None and maps.layers:
@@ -239,12 +241,14 @@ class Capture:
 
 @dataclass(frozen=True)
 class Steering:
-    """What to steer, by what, and how. on_update: called after each evaluation (progress)."""
+    """What to steer, by what, and how. on_update: called after each evaluation (progress); move: from a gradient to
+    the latent's displacement (a benchmark compares others)."""
 
     graph: RelationGraph
     classifier: RelationClassifier
     settings: SteeringSettings
     on_update: Callable[[UpdateRecord], None] | None = None
+    move: Callable[[Tensor, SteeringSettings], Tensor] = displacement
 
     @property
     def is_off(self) -> bool:
@@ -297,7 +301,14 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     find_backbone(model.model.diffusion_model)
     for relation in steering.graph.relations:
         relation_indices(steering.classifier, relation.predicates)
-    runs = RunLog()
     if steering.is_off:
-        return model.clone(), runs
+        return model.clone(), RunLog(unsteered=_unsteered(steering))
+    runs = RunLog()
     return _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer"), runs
+
+
+def _unsteered(steering: Steering) -> Run:
+    graph = steering.graph
+    reason = "the settings switch steering off" if graph.relations else "the graph has no relation"
+    report = SteeringReport(tuple(map(str, graph.relations)), steering.classifier.name, 0, (), (f"not steered: {reason}",))
+    return Run(None, AttentionRecord(graph.phrases, (), ()), report)

@@ -1,0 +1,1 @@
+"""Measurements: each module is a program (`python dev.py bench NAME`) that prints a table and writes JSON."""

@@ -1,0 +1,36 @@
+"""`python -m classifiers.convert in.pth out.safetensors`: a published checkpoint in this project's own format."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .base import BACKBONES, ClassifierError
+from .checkpoint import load_classifier, save_classifier
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m classifiers.convert", description=__doc__)
+    parser.add_argument("source", help="published checkpoint (.pth, .pt); code inside it is never run")
+    parser.add_argument("target", help="file to write (.safetensors)")
+    parser.add_argument("--backbone", choices=BACKBONES,
+                        help="kind of model it was trained on, where the file does not say it: unet (Stable "
+                             "Diffusion) or mmdit (FLUX)")
+    parser.add_argument("--relations", nargs="+", metavar="NAME",
+                        help="names of the relations in the order of the logits, in place of the file's")
+    given = parser.parse_args(arguments)
+    if not given.target.endswith(".safetensors"):
+        parser.error("the file to write must end in .safetensors")
+    try:
+        classifier = load_classifier(given.source, backbone=given.backbone, relations=given.relations)
+        save_classifier(given.target, classifier)
+    except (ClassifierError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    layout = classifier.layout
+    print(f"{given.target}: {', '.join(classifier.relations)}; backbone {layout.backbone or 'any'}, "
+          f"{layout.channels or 'any number of'} maps of {layout.size} x {layout.size}, steps "
+          f"{', '.join(map(str, classifier.steps.timesteps))} of {classifier.steps.num_timesteps}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,178 @@
+"""The classifier without weights: soft centres and extents of the two averaged maps -> logits over directions.
+
+A relation's logit is minus its *violation* over a temperature. The violation of "above" is a hinge on how far the
+subject's centre lies above the object's (GenEval's rule: distance beyond a fraction of the two extents), plus a
+weighted hinge on the sideways offset; a diagonal has a hinge on both axes. So the cross-entropy to "above" pulls the
+subject up and into line, and its probability is high only where "above" holds with a margin and nothing else does.
+All lengths are fractions of the picture's side; y grows downward.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import ABOVE, BELOW, LEFT, RIGHT, ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
+
+# (x, y) direction in which the subject lies from the object
+DIRECTIONS = {
+    ABOVE: (0, -1),
+    BELOW: (0, 1),
+    LEFT: (-1, 0),
+    RIGHT: (1, 0),
+    f"{ABOVE} and {LEFT}": (-1, -1),
+    f"{ABOVE} and {RIGHT}": (1, -1),
+    f"{BELOW} and {LEFT}": (-1, 1),
+    f"{BELOW} and {RIGHT}": (1, 1),
+}
+# Extent of a uniform bar in standard deviations: a soft map's counterpart of a box's side.
+_SIDE_PER_DEVIATION = 12 ** 0.5
+# Uniform weight under every map: a flat map becomes the uniform distribution instead of 0 / 0.
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class GeometricSettings:
+    """Knobs of the geometric loss; lengths are fractions of the picture's side.
+
+    sharpness: power applied to the averaged map, its minimum subtracted, before it becomes a distribution.
+    margin: distance wanted along the relation's axis, after the extents' share is taken off.
+    extent_share: share of both objects' extents that is taken off every distance (GenEval: 0.1).
+    diagonal_margin: the same as `margin`, on each axis of a diagonal.
+    tolerance: sideways offset that costs nothing.
+    sideways: weight of the hinge on the sideways offset.
+    pairwise: 0: violation of the mean position; 1: mean violation over all pairs of subject and object cells, so that
+        mass on the wrong side counts even where the centre is right (a doubled object); between: a mixture.
+    temperature: violation that lowers a logit by 1.
+    compactness: weight of the regulariser against the same violation scale; 0 switches it off.
+    compact_radius: root-mean-square radius of an object's map that costs nothing.
+    """
+
+    sharpness: float = 2.0
+    margin: float = 0.3
+    extent_share: float = 0.1
+    diagonal_margin: float = 0.2
+    tolerance: float = 0.125
+    sideways: float = 0.5
+    pairwise: float = 0.0
+    temperature: float = 0.05
+    compactness: float = 0.0
+    compact_radius: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (self.sharpness >= 1 and self.temperature > 0 and 0 <= self.pairwise <= 1):
+            raise ClassifierError("Geometric classifier: sharpness must be 1 or more, temperature above 0 and pairwise "
+                                  f"between 0 and 1; got {self}.")
+
+
+@dataclass(frozen=True)
+class SoftObject:
+    """Where one object's attention lies: its distribution over the cells and that distribution's moments.
+
+    rows, columns: marginal distributions, [B, size]; centre, deviation: mean and standard deviation as (x, y), [B, 2],
+    fractions of the side with 0 in the middle and y growing downward.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    centre: Tensor
+    deviation: Tensor
+
+
+class GeometricClassifier(RelationClassifier):
+    """Differentiable and without weights; the same for every backbone. Any number of channels of `size` x `size`."""
+
+    def __init__(self, settings: GeometricSettings | None = None, size: int = 16) -> None:
+        self.name = "geometric"
+        self.relations = tuple(DIRECTIONS)
+        self.settings = settings or GeometricSettings()
+        self.layout = MapLayout(size=size, normalise="always")
+
+    def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
+        """[B, C, size, size] twice -> [B, 8]; `progress` plays no part. See RelationClassifier.logits."""
+        check_maps(self, subject, object)
+        settings = self.settings
+        first, second = (locate(maps, settings.sharpness) for maps in (subject, object))
+        violations = [_violation(first, second, direction, settings) for direction in DIRECTIONS.values()]
+        return -torch.stack(violations, dim=1) / settings.temperature
+
+    def regulariser(self, subject: Tensor, object: Tensor) -> Tensor:
+        """[B]: how far the two maps spread beyond `compact_radius`, in units of the logits, times `compactness`."""
+        check_maps(self, subject, object)
+        settings = self.settings
+        if settings.compactness == 0:
+            return super().regulariser(subject, object)
+        spread = sum(torch.relu(_radius(locate(maps, settings.sharpness)) - settings.compact_radius)
+                     for maps in (subject, object))
+        return settings.compactness * spread / settings.temperature
+
+    def to(self, device: torch.device | str) -> GeometricClassifier:
+        """Itself: there is nothing to move."""
+        return self
+
+
+def locate(maps: Tensor, sharpness: float) -> SoftObject:
+    """Averages maps [B, C, H, W] over channels and turns the result into a distribution with its moments.
+
+    A map without any structure counts as spread evenly over the picture; its gradient is zero, not NaN.
+    """
+    mean = maps.to(working_dtype(maps)).mean(dim=1)
+    low, high = mean.amin(dim=(1, 2), keepdim=True), mean.amax(dim=(1, 2), keepdim=True)
+    span = high - low
+    # Scaled to [0, 1] first, so that the power does not underflow on maps whose cells are about 1/256.
+    scaled = (mean - low) / torch.where(span > 0, span, torch.ones_like(span))
+    weights = scaled ** sharpness + _FLOOR
+    cells = weights / weights.sum(dim=(1, 2), keepdim=True)
+    rows, columns = cells.sum(dim=2), cells.sum(dim=1)
+    (x, spread_x), (y, spread_y) = _moments(columns), _moments(rows)
+    return SoftObject(rows, columns, torch.stack([x, y], dim=1), torch.stack([spread_x, spread_y], dim=1))
+
+
+def _positions(like: Tensor) -> Tensor:
+    """Centres of a line of cells as fractions of its length, 0 in the middle: [size]."""
+    size = like.shape[-1]
+    return (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size - 0.5
+
+
+def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a distribution [B, size] over a line of cells."""
+    positions = _positions(marginal)
+    centre = marginal @ positions
+    variance = (marginal * (positions - centre[:, None]) ** 2).sum(dim=1)
+    # A single cell has a width too; this also keeps the root's slope finite.
+    return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
+
+
+def _radius(where: SoftObject) -> Tensor:
+    """Root-mean-square distance from the centre, [B]."""
+    return where.deviation.square().sum(dim=1).sqrt()
+
+
+def _violation(subject: SoftObject, object: SoftObject, direction: tuple[int, int],
+               settings: GeometricSettings) -> Tensor:
+    """By how much, [B], the subject fails to lie in `direction` from the object; 0: it does, with the margin."""
+    margin = settings.diagonal_margin if all(direction) else settings.margin
+    total = 0
+    for axis, sign in enumerate(direction):
+        if sign:
+            total = total + _along(subject, object, axis, sign, margin, settings)
+        else:
+            offset = (subject.centre[:, axis] - object.centre[:, axis]).abs()
+            total = total + settings.sideways * torch.relu(offset - settings.tolerance)
+    return total
+
+
+def _along(subject: SoftObject, object: SoftObject, axis: int, sign: int, margin: float,
+           settings: GeometricSettings) -> Tensor:
+    """Hinge, [B], on the signed distance along one axis (0: x, 1: y)."""
+    distance = sign * (subject.centre[:, axis] - object.centre[:, axis])
+    sides = _SIDE_PER_DEVIATION * (subject.deviation[:, axis] + object.deviation[:, axis])
+    of_means = torch.relu(margin - (distance - settings.extent_share * sides))
+    if settings.pairwise == 0:
+        return of_means
+    first, second = ((where.columns, where.rows)[axis] for where in (subject, object))
+    positions = _positions(first)
+    shortfall = torch.relu(margin - sign * (positions[:, None] - positions[None, :]))
+    of_pairs = ((first @ shortfall) * second).sum(dim=1)
+    return (1 - settings.pairwise) * of_means + settings.pairwise * of_pairs

@@ -1,0 +1,111 @@
+"""Nodes that say what should be where."""
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..steering.relations import RELATIONS, RelationGraph, build_graph, parse_predicate
+from ..steering.relations import Relation as SpatialRelation
+from ..steering.tokens import encode_prompt
+from .types import CATEGORY, Graph, Relation
+
+DIAGONALS = tuple(f"{vertical} and {horizontal}" for vertical in RELATIONS[:2] for horizontal in RELATIONS[2:])
+
+
+class SpatialRelationNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerRelation",
+            display_name="Spatial Relation",
+            category=CATEGORY,
+            description="One relation between two objects of the prompt, for the list of \"Multi-Relation Graph\".",
+            inputs=[
+                io.String.Input("subject", default="dog", tooltip="The object that should stand somewhere, in the words "
+                                "of the prompt. \"dog#2\" is the second dog of the prompt."),
+                io.Combo.Input("relation", options=[*RELATIONS, *DIAGONALS], tooltip="Where the subject should be, seen "
+                               "from the other object."),
+                io.String.Input("object", default="cat", tooltip="The other object, in the words of the prompt."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
+                               tooltip="How much this relation counts beside the others. 0 switches it off."),
+            ],
+            outputs=[Relation.Output("relation", display_name="relation", tooltip="Goes into \"Multi-Relation Graph\".")],
+        )
+
+    @classmethod
+    def execute(cls, subject: str, relation: str, object: str, weight: float) -> io.NodeOutput:
+        return io.NodeOutput(SpatialRelation(subject.strip(), parse_predicate(relation), object.strip(), weight))
+
+
+class MultiRelationGraph(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerGraph",
+            display_name="Multi-Relation Graph",
+            category=CATEGORY,
+            description="Reads spatial relations from the prompt (or takes them as explicit lines or inputs), encodes the "
+                        "prompt, and hands both on, so that what is steered is what was encoded.",
+            search_aliases=["spatial prompt", "left of", "relations", "learn to steer"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model, as for CLIP Text Encode."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                default="a photo of a dog to the right of a teddy bear",
+                                tooltip="The prompt. Relations such as \"to the left of\", \"above\", \"under\" are read "
+                                        "from it unless you give some below."),
+                io.String.Input("relations", multiline=True, default="", optional=True,
+                                tooltip="Optional, one a line: dog | to the right of | teddy bear. A fourth field is a "
+                                        "weight. They replace what is read from the prompt; with an empty prompt they "
+                                        "also write it."),
+                io.Autogrow.Input("relation_list", optional=True, tooltip="Optional list of \"Spatial Relation\" nodes; it "
+                                  "grows as you connect them.",
+                                  template=io.Autogrow.TemplatePrefix(
+                                      Relation.Input("relation", tooltip="One relation, from \"Spatial Relation\"."),
+                                      prefix="relation_", min=0, max=12)),
+            ],
+            outputs=[
+                Graph.Output("graph", display_name="graph", tooltip="The relations, for the steering nodes."),
+                io.Conditioning.Output("positive", display_name="positive",
+                                       tooltip="The encoded prompt; it knows where each word's tokens are."),
+                io.String.Output("text", display_name="prompt", tooltip="The prompt, for other encoders or file names."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, prompt: str, relations: str = "", relation_list: dict | None = None) -> io.NodeOutput:
+        if clip is None:
+            raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with "
+                               "\"Load CLIP\" or \"DualCLIPLoader\".")
+        extra = tuple(relation for relation in (relation_list or {}).values() if relation is not None)
+        graph: RelationGraph = build_graph(prompt, relations or "", extra)
+        positive = encode_prompt(clip, graph.prompt)
+        return io.NodeOutput(graph, positive, graph.prompt, ui=ui.PreviewText(graph.describe()))
+
+
+class SteerableTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerTextEncode",
+            display_name="Text Encode (Steerable)",
+            category=CATEGORY,
+            description="CLIP Text Encode whose conditioning also says where each word's tokens are, so that its "
+                        "cross-attention can be captured or steered.",
+            search_aliases=["CLIPTextEncode", "prompt"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning",
+                                            tooltip="As from CLIP Text Encode, with token positions.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, text: str) -> io.NodeOutput:
+        if clip is None:
+            raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with "
+                               "\"Load CLIP\" or \"DualCLIPLoader\".")
+        return io.NodeOutput(encode_prompt(clip, text))
+
+
+NODES = [MultiRelationGraph, SpatialRelationNode, SteerableTextEncode]

@@ -1,0 +1,196 @@
+"""Nodes that steer a sampler run and show what happened."""
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy_api.latest import io, ui
+
+from ..steering.optimizer import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
+from ..steering.pictures import probability_plot
+from ..steering.report import SteeringReport, UpdateRecord
+from ..steering.sampling import Steering, apply_steering
+from .types import CATEGORY, Report, RunLog, classifier_input, graph_input, maps_output, report_output
+
+DEFAULTS = SteeringSettings()
+
+
+def settings_inputs() -> list[io.Input]:
+    return [
+        io.Float.Input("start_percent", default=DEFAULTS.start, min=0.0, max=1.0, step=0.01,
+                       tooltip="Where steering begins, as a fraction of the denoising schedule."),
+        io.Float.Input("end_percent", default=DEFAULTS.end, min=0.0, max=1.0, step=0.01,
+                       tooltip="Where steering ends. Layout is decided early: the first half is enough."),
+        io.Float.Input("step_size", default=DEFAULTS.step_size, min=0.0, max=100.0, step=0.05,
+                       tooltip="How far one update moves the latent: percent of its size (normalised), or the factor on "
+                               "the gradient (raw gradient; the paper uses 5). 0 switches steering off."),
+        io.Int.Input("max_updates", default=DEFAULTS.max_updates, min=0, max=100,
+                     tooltip="Updates per denoising step at most. 0 switches steering off."),
+        io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.001, round=False,
+                       tooltip="A denoising step needs no further update once the classifier gives every relation this "
+                               "probability."),
+        io.Combo.Input("update_rule", options=list(UPDATE_RULES), default=DEFAULTS.update_rule, advanced=True,
+                       tooltip="normalised: each update has the same length. raw gradient: as in the paper, for published "
+                               "classifiers."),
+        io.Combo.Input("relations_per_update", options=list(RELATIONS_PER_UPDATE), default=DEFAULTS.relations_per_update,
+                       advanced=True, tooltip="all: an update follows the weighted mean of all relations. one: the "
+                                              "relations take turns, as in the paper."),
+        io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
+                         tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
+                                 "memory, about a third more time. Same gradient."),
+    ]
+
+
+def read_settings(start_percent: float, end_percent: float, step_size: float, max_updates: int, stop_probability: float,
+                  update_rule: str, relations_per_update: str, save_memory: bool) -> SteeringSettings:
+    return SteeringSettings(start_percent, end_percent, step_size, max_updates, stop_probability, update_rule,
+                            relations_per_update, save_memory)
+
+
+class Progress:
+    """Counts updates as well as denoising steps, and shows previews."""
+
+    def __init__(self, model, steps: int, settings: SteeringSettings):
+        window = [settings.start <= step / steps < settings.end for step in range(steps)]
+        costs = [1 + (settings.max_updates if inside else 0) for inside in window]
+        self._done_before = [sum(costs[:step]) for step in range(steps + 1)]
+        self._bar = comfy.utils.ProgressBar(self._done_before[-1])
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def update(self, record: UpdateRecord) -> None:
+        self._bar.update_absolute(self._done_before[min(record.step, len(self._done_before) - 1)] + record.update + 1)
+
+    def step(self, step: int, x0, x, total_steps: int) -> None:
+        preview = self._previewer.decode_latent_to_preview_image("JPEG", x0) if self._previewer else None
+        self._bar.update_absolute(self._done_before[min(step + 1, len(self._done_before) - 1)], preview=preview)
+
+
+class SpatialSteeringKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerKSampler",
+            display_name="Spatial Steering KSampler",
+            category=CATEGORY,
+            description="KSampler that puts things where the graph says: before the early denoising steps it moves the "
+                        "latent until the classifier sees the relations in the model's cross-attention.",
+            search_aliases=["KSampler", "learn to steer", "spatial"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that denoises the latent."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                             tooltip="The random seed used for creating the noise."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="Classifier-free guidance scale. It plays no part in the steering itself."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="ddim",
+                               tooltip="The sampling algorithm. Those that choose their own noise levels cannot be steered."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
+                               tooltip="How noise is removed over the steps."),
+                io.Conditioning.Input("positive", tooltip="The 'positive' output of \"Multi-Relation Graph\", or of "
+                                      "\"Text Encode (Steerable)\"; stock conditioning nodes may stand in between."),
+                io.Conditioning.Input("negative", tooltip="What the picture should not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="How much noise to put on the latent first; below 1 keeps its structure."),
+                graph_input(),
+                classifier_input(),
+                *settings_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent", tooltip="The denoised latent."),
+                maps_output(),
+                report_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
+                latent_image, denoise: float, graph, classifier, **settings) -> io.NodeOutput:
+        settings = read_settings(**settings)
+        progress = Progress(model, steps, settings)
+        patched, runs = apply_steering(model, Steering(graph, classifier, settings, progress.update))
+        start = comfy.sample.fix_empty_latent_channels(
+            patched, latent_image["samples"], latent_image.get("downscale_ratio_spacial"),
+            latent_image.get("downscale_ratio_temporal"))
+        noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
+        samples = comfy.sample.sample(
+            patched, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise,
+            noise_mask=latent_image.get("noise_mask"), callback=progress.step,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        out = {name: value for name, value in latent_image.items() if not name.startswith("downscale_ratio")}
+        out["samples"] = samples
+        return io.NodeOutput(out, runs.last.maps, runs.last.report)
+
+
+class ApplySpatialSteering(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerApply",
+            display_name="Apply Spatial Steering",
+            category=CATEGORY,
+            description="The same steering as a patch on MODEL, in front of any sampler: KSampler, SamplerCustom, FLUX's "
+                        "guider and sampler nodes. Read what happened with \"Steering Result\".",
+            inputs=[io.Model.Input("model", tooltip="The model to steer."), graph_input(), classifier_input(),
+                    *settings_inputs()],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The steered model, for any sampler."),
+                RunLog.Output("steering", display_name="steering", tooltip="Goes into \"Steering Result\" behind the "
+                              "sampler."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, graph, classifier, **settings) -> io.NodeOutput:
+        return io.NodeOutput(*apply_steering(model, Steering(graph, classifier, read_settings(**settings))))
+
+
+class SteeringResult(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerResult",
+            display_name="Steering Result",
+            category=CATEGORY,
+            description="Report and maps of the steered run that gave this very latent.",
+            inputs=[
+                RunLog.Input("steering", tooltip="From \"Apply Spatial Steering\"."),
+                io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the steered model; it tells "
+                                "which run is meant."),
+            ],
+            outputs=[maps_output(), report_output(),
+                     io.Latent.Output("latent", display_name="samples", tooltip="The same latent, for the VAE.")],
+        )
+
+    @classmethod
+    def execute(cls, steering, samples) -> io.NodeOutput:
+        run = steering.find(samples["samples"])
+        return io.NodeOutput(run.maps, run.report, samples)
+
+
+class SteeringReportNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerReport",
+            display_name="Steering Report",
+            category=CATEGORY,
+            description="Shows a steered run: the relations' probabilities over the updates as a plot, and every update "
+                        "as text.",
+            inputs=[Report.Input("report", tooltip="From a steering sampler or \"Steering Result\".")],
+            outputs=[
+                io.Image.Output("plot", display_name="plot", tooltip="Probability of each relation over the updates."),
+                io.String.Output("text", display_name="text", tooltip="The same run in words and numbers."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, report: SteeringReport) -> io.NodeOutput:
+        plot, text = probability_plot(report)[None], report.to_text()
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(plot, text, ui=shown)
+
+
+NODES = [SpatialSteeringKSampler, ApplySpatialSteering, SteeringResult, SteeringReportNode]

@@ -1,0 +1,66 @@
+"""The small world as nodes: its models, and the exact judge of its pictures."""
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..toyworld.detector import detect, judge_relations
+from ..toyworld.models import load_unet_world
+from .types import CATEGORY, graph_input
+
+TOY = f"{CATEGORY}/small world"
+
+
+class SmallWorldLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerToyLoader",
+            display_name="Load Small World",
+            category=TOY,
+            description="A tiny model of the Stable Diffusion family that ships with this pack, for trying steering within "
+                        "seconds on any machine: 64×64 pictures of simple objects. It draws the right things in the wrong "
+                        "places, as its big relatives do.",
+            inputs=[io.Combo.Input("backbone", options=["unet"], tooltip="Which architecture the tiny model has.")],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="Works with every stock node."),
+                io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder, on the real CLIP tokenizer."),
+                io.Vae.Output("vae", display_name="vae", tooltip="Its VAE."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, backbone: str) -> io.NodeOutput:
+        return io.NodeOutput(*load_unet_world())
+
+
+class SmallWorldJudge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LearnToSteerToyJudge",
+            display_name="Judge Small World",
+            category=TOY,
+            description="Finds the objects of a small-world picture by template matching, exactly, and says whether the "
+                        "graph's relations hold (GenEval's rule).",
+            inputs=[io.Image.Input("image", tooltip="A decoded small-world picture, 64×64."), graph_input()],
+            outputs=[io.String.Output("text", display_name="text", tooltip="What is where, and which relations hold.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image, graph) -> io.NodeOutput:
+        text = "\n".join(describe(found, graph) for found in detect(image))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def describe(found, graph) -> str:
+    """What is in one picture and whether each relation of the graph holds."""
+    seen = ", ".join(f"{item.noun} at ({item.centre[0]:.0f}, {item.centre[1]:.0f})" for item in found) or "nothing known"
+    relations = [(relation.subject, " and ".join(relation.predicates), relation.object) for relation in graph.relations]
+    verdict = judge_relations(found, relations)
+    lines = [f"{'yes' if holds else 'NO '}  {relation}" for relation, holds in
+             zip(graph.relations, verdict.relations, strict=True)]
+    return "\n".join([f"seen: {seen}", *lines])
+
+
+NODES = [SmallWorldLoader, SmallWorldJudge]

@@ -1,0 +1,174 @@
+"""Off means off, and afterwards everything is as it was."""
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+import psutil
+import pytest
+import torch
+from conftest import Scene
+from learn_to_steer.classifiers.geometric import GeometricClassifier
+from learn_to_steer.steering.relations import Relation, RelationGraph, build_graph
+from learn_to_steer.steering.sampling import Capture, apply_capture, apply_steering
+
+SAMPLERS = ["euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "euler_ancestral"]
+WEIGHTLESS = RelationGraph((Relation("dog", ("above",), "teddy bear", 0.0),))
+
+
+def state(model) -> dict:
+    """What must be found unchanged: weights, hooks, global flags."""
+    base = model.model
+    return {
+        "weights": {name: value.clone() for name, value in base.state_dict().items()},
+        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks)
+                  for part in base.modules()],
+        "own": [sorted(vars(part)) for part in base.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in base.parameters()],
+        "training": (comfy.model_management.in_training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "options": str(model.model_options), "wrappers": str(model.wrappers), "patches": str(model.patches),
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    assert before["weights"].keys() == after["weights"].keys()
+    assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
+    assert {name: value for name, value in before.items() if name != "weights"} == \
+           {name: value for name, value in after.items() if name != "weights"}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_to_steer_is_bit_identical(scene: Scene, sampler: str):
+    plain = scene.sample(sampler=sampler)
+    for steering in (scene.steering(graph=RelationGraph()), scene.steering(graph=WEIGHTLESS), scene.steering(step_size=0.0),
+                     scene.steering(start=0.5, end=0.5), scene.steering(max_updates=0)):
+        patched, runs = apply_steering(scene.model, steering)
+        assert torch.equal(scene.sample(patched, sampler), plain)
+        assert runs.last.report.notes
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_window_without_a_step_is_bit_identical(scene: Scene, sampler: str):
+    patched, runs = apply_steering(scene.model, scene.steering(start=0.01, end=0.02))
+    assert torch.equal(scene.sample(patched, sampler), scene.sample(sampler=sampler))
+    assert runs.last.report.records == ()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_relation_that_already_holds_moves_nothing(scene: Scene, sampler: str):
+    patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.0))
+    assert torch.equal(scene.sample(patched, sampler), scene.sample(sampler=sampler))
+    assert {record.outcome for record in runs.last.report.records} == {"satisfied"}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_capture_changes_no_bit(scene: Scene, sampler: str):
+    patched, runs = apply_capture(scene.model, Capture(("dog", "teddy bear"), every=True))
+    out = scene.sample(patched, sampler)
+    assert torch.equal(out, scene.sample(sampler=sampler))
+    assert len(runs.find(out).maps.steps) == 5
+
+
+def test_steering_changes_the_result_and_repeats_to_the_bit(scene: Scene):
+    patched, _ = apply_steering(scene.model, scene.steering(stop_probability=1.0))
+    first = scene.sample(patched)
+    assert not torch.equal(first, scene.sample())
+    assert torch.equal(first, scene.sample(patched))
+
+
+class Failing(GeometricClassifier):
+    def logits(self, subject, object, progress):
+        raise RuntimeError("the classifier fails")
+
+
+def test_after_success_the_model_is_as_it_was(scene: Scene):
+    before, plain = state(scene.model), scene.sample()
+    for recompute in (False, True):
+        scene.sample(apply_steering(scene.model, scene.steering(stop_probability=1.0, recompute=recompute))[0])
+    assert_same(before, state(scene.model))
+    assert torch.equal(scene.sample(), plain)
+
+
+def test_after_an_exception_in_the_classifier(scene: Scene):
+    before, plain = state(scene.model), scene.sample()
+    patched, runs = apply_steering(scene.model, scene.steering(Failing()))
+    with pytest.raises(RuntimeError, match="the classifier fails"):
+        scene.sample(patched)
+    assert_same(before, state(scene.model))
+    assert torch.equal(scene.sample(), plain) and not runs.runs
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_after_an_exception_in_the_model(scene: Scene, recompute: bool):
+    before, plain = state(scene.model), scene.sample()
+    broken = scene.model.clone()
+
+    def fail(n, context, value, options):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the model fails")
+        return n, context, value
+
+    broken.set_model_attn2_patch(fail)
+    with pytest.raises(RuntimeError, match="the model fails"):
+        scene.sample(apply_steering(broken, scene.steering(recompute=recompute))[0])
+    assert_same(before, state(scene.model))
+    assert torch.equal(scene.sample(), plain)
+
+
+def test_an_interrupt_is_honoured_between_updates(scene: Scene):
+    before, plain, seen = state(scene.model), scene.sample(), []
+
+    def interrupt(record):
+        seen.append(record)
+        comfy.model_management.interrupt_current_processing()
+
+    steering = scene.steering(stop_probability=1.0, max_updates=10)
+    patched, _ = apply_steering(scene.model, type(steering)(steering.graph, steering.classifier, steering.settings, interrupt))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        scene.sample(patched)
+    assert len(seen) == 1
+    assert_same(before, state(scene.model))
+    assert torch.equal(scene.sample(), plain)
+
+
+class NotFinite(GeometricClassifier):
+    def logits(self, subject, object, progress):
+        return super().logits(subject, object, progress) * (subject.sum() - subject.sum()).sqrt()
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(scene: Scene, caplog):
+    patched, runs = apply_steering(scene.model, scene.steering(NotFinite(), max_updates=2))
+    assert torch.equal(scene.sample(patched), scene.sample())
+    report = runs.last.report
+    assert report.skipped == len(report.records) > 0
+    assert "not finite" in caplog.text and "non-finite" in report.to_text()
+
+
+def test_memory_does_not_grow(scene: Scene):
+    patched, _ = apply_steering(scene.model, scene.steering(stop_probability=1.0))
+    tensors, sizes = [], []
+    for _ in range(20):
+        scene.sample(patched, steps=4)
+        gc.collect()
+        tensors.append(sum(isinstance(item, torch.Tensor) for item in gc.get_objects()))
+        sizes.append(psutil.Process().memory_info().rss)
+    assert tensors[-1] <= tensors[9]  # the run log is full by then
+    assert sizes[-1] - sizes[9] < 20 * 2**20
+
+
+def test_runs_never_mix(scene: Scene):
+    patched, runs = apply_capture(scene.model, Capture(("dog",)))
+    first, second = scene.sample(patched, seed=1), scene.sample(patched, seed=2)
+    assert runs.find(first) is runs.runs[0] and runs.find(second) is runs.runs[1]
+    assert not torch.equal(runs.find(first).maps.average(), runs.find(second).maps.average())
+    with pytest.raises(LookupError, match="no run of this model gave this latent"):
+        runs.find(first + 1)
+
+
+def test_several_relations_take_turns(scene: Scene):
+    graph = build_graph(scene.graph.prompt, "dog | to the left of | teddy bear\ndog | above | photo")
+    one, runs = apply_steering(scene.model, scene.steering(graph=graph, relations_per_update="one", stop_probability=1.0,
+                                                           max_updates=1))
+    together, _ = apply_steering(scene.model, scene.steering(graph=graph, stop_probability=1.0, max_updates=1))
+    assert not torch.equal(scene.sample(one), scene.sample(together))
+    assert all(len(record.probability[0]) == 2 for record in runs.last.report.records)

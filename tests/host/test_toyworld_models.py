@@ -1,0 +1,149 @@
+"""The small models are ordinary host objects: every stock node takes them, and they do what the model card says."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from standalone import prepare_host
+
+prepare_host()
+
+import comfy.sample  # noqa: E402  (the host must be on the path first)
+import latent_preview  # noqa: E402
+import nodes as host_nodes  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from toyworld import models, text  # noqa: E402
+from toyworld.detector import detect, judge  # noqa: E402
+from toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
+from toyworld.scenes import random_scene, relation_parts, two_object_prompts  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple:
+    """Loaded as the server loads it: under inference mode."""
+    with torch.inference_mode():
+        return models.load_unet_world()
+
+
+def stock_picture(world: tuple, prompt: str, seed: int, steps: int = 10) -> torch.Tensor:
+    """CLIPTextEncode, EmptyLatentImage, KSampler, VAEDecode: the stock nodes themselves."""
+    model, clip, vae = world
+    with torch.inference_mode():
+        positive, = host_nodes.CLIPTextEncode().encode(clip, prompt)
+        negative, = host_nodes.CLIPTextEncode().encode(clip, "")
+        latent, = host_nodes.EmptyLatentImage().generate(64, 64, 1)
+        sampled, = host_nodes.KSampler().sample(model, seed, steps, 2.0, "ddim", "ddim_uniform", positive, negative, latent)
+        return host_nodes.VAEDecode().decode(vae, sampled)[0].clone()
+
+
+def test_stock_nodes_draw_a_picture(world: tuple) -> None:
+    picture = stock_picture(world, "a photo of a dog to the left of a cat", seed=1)
+    assert picture.shape == (1, 64, 64, 3)
+    assert 0 <= picture.min() and picture.max() <= 1 and picture.std() > 0.02
+
+
+def test_our_sampling_is_the_stock_samplers(world: tuple) -> None:
+    prompt = "a photo of a dog to the left of a cat"
+    ours = sample_pictures(*world, [prompt], [7], 2.0, steps=10)
+    assert torch.equal(ours, stock_picture(world, prompt, seed=7))
+
+
+def test_most_pictures_show_both_objects(world: tuple) -> None:
+    prompts = two_object_prompts(16, "tune")
+    images = sample_pictures(*world, [prompt.text for prompt in prompts], list(range(16)), 2.0, steps=25)
+    verdicts = []
+    for prompt, found in zip(prompts, detect(images), strict=True):
+        (subject, phrase, other), = prompt.relations
+        verdicts.append(judge(found, subject, relation_parts(phrase), other))
+    assert sum(verdict.both_present for verdict in verdicts) >= 14
+
+
+def test_the_vae_gives_pictures_back(world: tuple) -> None:
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(np.stack([random_scene(rng).image for _ in range(8)])).float() / 255
+    vae = world[2]
+    latent, = host_nodes.VAEEncode().encode(vae, pixels)
+    assert latent["samples"].shape == (8, 24, 16, 16)
+    assert 0.7 < latent["samples"].std() < 1.4
+    error = (host_nodes.VAEDecode().decode(vae, latent)[0] - pixels).square().mean()
+    assert -10 * torch.log10(error) > 30
+
+
+def test_the_training_twin_equals_the_hosts_text_encoder(world: tuple) -> None:
+    tensors = models.read_weights(models.WEIGHTS / "unet.safetensors", "unet")
+    tokenizer = text.WordTokenizer()
+    assert tensors["token_ids"].tolist() == tokenizer.ids
+    twin = text.TextTransformer(len(tokenizer.ids))
+    twin.load_state_dict({key[len("text."):]: value.float() for key, value in tensors.items() if key.startswith("text.")})
+    for caption in ("a photo of a teddy bear above a dog, and a cat below a car", ""):
+        (hidden, details), = world[1].encode_from_tokens_scheduled(world[1].tokenize(caption))
+        with torch.no_grad():
+            expected = twin(tokenizer.rows([caption]))
+        assert torch.allclose(hidden, expected, atol=2e-5)
+        end = len(caption.replace(",", " ,").split()) + 1
+        assert torch.allclose(details["pooled_output"], expected[:, end], atol=2e-5)
+
+
+def test_previews_have_the_pictures_colours(world: tuple) -> None:
+    model, _, vae = world
+    pixels = torch.from_numpy(random_scene(np.random.default_rng(3), 2).image)[None].float() / 255
+    latent = vae.encode(pixels)
+    previewer = latent_preview.Latent2RGBPreviewer(model.model.latent_format.latent_rgb_factors,
+                                                   model.model.latent_format.latent_rgb_factors_bias)
+    preview = torch.from_numpy(np.asarray(previewer.decode_latent_to_preview(latent.clone()))).float() / 255
+    means = pixels[0].unflatten(0, (16, 4)).unflatten(2, (16, 4)).mean(dim=(1, 3))
+    assert preview.shape == (16, 16, 3)
+    assert (preview - means).abs().mean() < 0.03
+
+
+def test_gradients_reach_the_latent_when_loaded_outside_inference_mode() -> None:
+    model, clip, _ = models.load_unet_world()
+    (context, _), = clip.encode_from_tokens_scheduled(clip.tokenize("a dog above a cat"))
+    latent = torch.randn(1, 24, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    out = model.model.diffusion_model(latent, torch.tensor([500.0]), context=context.clone(), transformer_options={})
+    out.square().mean().backward()
+    assert torch.isfinite(latent.grad).all() and latent.grad.abs().max() > 0
+
+
+def test_batches_equal_single_pictures(world: tuple) -> None:
+    prompts = ["a dog above a cat", "a car to the left of a train"]
+    together = sample_latents(*world[:2], prompts, [3, 4], 2.0, steps=4)
+    alone = torch.cat([sample_latents(*world[:2], [prompt], [seed], 2.0, steps=4)
+                       for prompt, seed in zip(prompts, (3, 4), strict=True)])
+    assert torch.allclose(together, alone, atol=1e-3)
+
+
+def test_the_checkpoint_saver_writes_the_model(world: tuple, tmp_path: Path) -> None:
+    import comfy.sd
+    from safetensors import safe_open
+
+    path = tmp_path / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(path), world[0], clip=None, vae=world[2])
+    with safe_open(path, framework="pt") as file:
+        assert any(key.startswith("model.diffusion_model.") for key in file.keys())
+
+
+def test_the_shipped_file_is_small_and_says_how_it_was_trained() -> None:
+    path = models.WEIGHTS / "unet.safetensors"
+    assert path.stat().st_size <= 12 * 1024 ** 2
+    assert models.read_summary(path)["pictures"] > 0
+
+
+@pytest.mark.parametrize(("content", "error", "message"), [
+    (None, FileNotFoundError, "python -m toyworld.train unet"),
+    (b"not a tensor file", ValueError, "no safetensors file"),
+    ({"format": "something else"}, ValueError, "expected 'unet'"),
+])
+def test_bad_files_are_named(tmp_path: Path, content: object, error: type, message: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file({"a": torch.zeros(1)}, path, metadata={key: json.dumps(value) for key, value in content.items()})
+    with pytest.raises(error, match=message):
+        models.load_unet_world(path)

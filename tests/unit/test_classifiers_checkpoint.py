@@ -1,0 +1,374 @@
+"""Classifier files: the published format, our own, conversion, and everything that can be wrong with a file."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from classifiers.base import ClassifierError, MapLayout, check_layout
+from classifiers.checkpoint import load_classifier, save_classifier
+from classifiers.convert import main as convert
+from classifiers.learned import LearnedClassifier
+from classifiers.network import RelationNetwork, paper_config
+from classifiers.published import LICENCE
+from classifiers.steps import StepMapping
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
+CHANNELS = 40
+
+
+def small_config(backbone="unet"):
+    return paper_config(backbone, d_model=32).to_dict()
+
+
+def published(backbone="unet", **entries):
+    """A checkpoint as the paper's training script leaves it, numpy scalars and all."""
+    torch.manual_seed(0)
+    network = RelationNetwork(paper_config(backbone, d_model=32), CHANNELS, len(RELATIONS))
+    return {
+        "model_state_dict": network.state_dict(),
+        "rel_name_to_idx": {name: numpy.int64(index) for index, name in enumerate(RELATIONS)},
+        "idx_to_rel_name": dict(enumerate(RELATIONS)), "input_channels": CHANNELS,
+        "config": {**small_config(backbone), "num_timesteps": numpy.int64(50)},
+        "training_config": {"timesteps": [5, 10, 15, 20, 25, 49], "num_timesteps": 50, "orig_map_size": 32,
+                            "lr": numpy.float64(1e-4), "weights": numpy.array([0.5, 2.0], dtype=numpy.float32),
+                            "amp": numpy.bool_(True), "out": pathlib.Path("runs/1"),
+                            "arguments": argparse.Namespace(seed=1)},
+        "val_acc": numpy.float32(0.9), **entries,
+    }
+
+
+def write(folder, content, name="sd2.pth"):
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def logits(classifier):
+    generator = torch.Generator().manual_seed(3)
+    subject, object = torch.rand(2, 4, CHANNELS - 3, 16, 16, generator=generator).unbind()
+    return classifier.network(subject, object, torch.tensor([5, 10, 25, 49]))
+
+
+# --- what must load ----------------------------------------------------------------------------------------------
+
+
+def test_published_checkpoint_loads_and_survives_conversion(tmp_path):
+    source, target = write(tmp_path, published(), "my_sd.pth"), tmp_path / "mine.safetensors"
+    first = load_classifier(source)
+    run = subprocess.run([sys.executable, "-m", "classifiers.convert", str(source), str(target), "--backbone", "unet"],
+                         cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "above, below, to the left of, to the right of, is; backbone unet" in run.stdout
+    second = load_classifier(target)
+    assert torch.equal(logits(first), logits(second))
+    assert first.relations == second.relations == RELATIONS and (first.name, second.name) == ("my_sd", "mine")
+    assert first.layout == second.layout == MapLayout(16, "always", None, "unet", CHANNELS)
+    assert first.steps.timesteps == second.steps.timesteps == (5, 10, 15, 20, 25, 49)
+    assert first.training == second.training and second.training["lr"] == 1e-4
+    assert second.training["out"] == "runs/1" and second.training["weights"] == [0.5, 2.0]
+    assert second.licence == LICENCE
+    network = RelationNetwork(paper_config("unet", d_model=32), CHANNELS, 5)
+    network.load_state_dict(published()["model_state_dict"])
+    assert torch.equal(logits(SimpleNamespace(network=network.eval().requires_grad_(False))), logits(first))
+
+
+def test_numpy_scalars_under_their_old_names_load(tmp_path):
+    """Checkpoints of numpy 1 name `numpy.core.multiarray`, those of numpy 2 `numpy._core.multiarray`."""
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            if getattr(obj, "__name__", "") == "scalar":
+                self.write(b"cnumpy.core.multiarray\nscalar\n")
+            else:
+                super().save_global(obj, name)
+
+        dispatch = {**pickle._Pickler.dispatch, type(len): save_global}
+
+    torch.save(published(), tmp_path / "sd2.pth", pickle_module=SimpleNamespace(Pickler=Pickler, __name__="pickle"))
+    assert b"numpy.core.multiarray" in (tmp_path / "sd2.pth").read_bytes()
+    assert load_classifier(tmp_path / "sd2.pth").relations == RELATIONS
+
+
+def test_tables_of_other_shape_and_wrapped_names_load(tmp_path):
+    plain = load_classifier(write(tmp_path, published()))
+    content = published()
+    weights = content["model_state_dict"]
+    weights["object_extractor.positional_encoding.pe"] = weights["object_extractor.positional_encoding.pe"][0, :, None]
+    weights["object_extractor.query_vector"] = weights["object_extractor.query_vector"].flatten()
+    content["model_state_dict"] = {f"module.{name}": tensor for name, tensor in weights.items()}
+    assert torch.equal(logits(load_classifier(write(tmp_path, content))), logits(plain))
+
+
+@pytest.mark.parametrize("change", [{"use_mean": True}, {"timestep_embedding": {"enable": False, "mode": "mid"}}])
+def test_weights_that_the_config_switches_off_are_ignored(tmp_path, change):
+    content = published()
+    content["config"]["extractor"].update(change)
+    classifier = load_classifier(write(tmp_path, content))
+    save_classifier(tmp_path / "x.safetensors", classifier)
+    assert not any(name.startswith("object_extractor.timestep") for name in load_file(tmp_path / "x.safetensors"))
+    assert torch.equal(logits(load_classifier(tmp_path / "x.safetensors")), logits(classifier))
+
+
+@pytest.mark.parametrize(("backbone", "name", "training", "expected"), [
+    ("unet", "sd2.pth", {}, MapLayout(16, "always", 195, "unet", 1368)),
+    ("unet", "sd14.pth", {}, MapLayout(16, "always", 128, "unet", 1368)),
+    ("unet", "any.pth", {"orig_map_size": 64}, MapLayout(16, "always", None, "unet", 1368)),
+    ("unet", "any.pth", {"orig_map_size": 16}, MapLayout(16, "always", None, "unet", 1368)),
+    ("unet", "any.pth", {"model_name": "sd2"}, MapLayout(16, "always", 195, "unet", 1368)),
+    ("mmdit", "flux_dev.pth", {"orig_map_size": 32}, MapLayout(16, "always", 1368, "mmdit", 1368)),
+    ("mmdit", "flux_schnell.pth", {"orig_map_size": [16, 16], "num_timesteps": 4, "timesteps": [1, 3]},
+     MapLayout(16, "never", 1368, "mmdit", 1368)),
+    ("mmdit", "flux_schnell.pth", {"num_timesteps": 4}, MapLayout(16, "never", 1368, "mmdit", 1368)),
+    ("mmdit", "any.pth", {}, MapLayout(16, "always", 1368, "mmdit", 1368)),
+])
+def test_layout_is_read_from_what_the_file_says(tmp_path, backbone, name, training, expected):
+    torch.manual_seed(0)
+    network = RelationNetwork(paper_config(backbone, d_model=32), 1368, 5)
+    content = published(backbone, model_state_dict=network.state_dict(), input_channels=1368, training_config=training)
+    classifier = load_classifier(write(tmp_path, content, name))
+    assert classifier.layout == expected
+    steps = (1, 3) if training.get("num_timesteps") == 4 else (5, 10, 15, 20, 25, 49)
+    assert classifier.steps.timesteps == steps
+
+
+def test_backbone_and_relations_can_be_overridden(tmp_path):
+    content = published()
+    del content["rel_name_to_idx"], content["idx_to_rel_name"]
+    path, names = write(tmp_path, content), ("a", "b", "c", "d", "e")
+    classifier = load_classifier(path, backbone="mmdit", relations=names)
+    assert classifier.layout.backbone == "mmdit" and classifier.layout.channels == CHANNELS
+    assert classifier.relations == names
+    save_classifier(tmp_path / "x.safetensors", classifier)
+    assert load_classifier(tmp_path / "x.safetensors", backbone="unet").layout.backbone == "unet"
+    with pytest.raises(ClassifierError, match=f"trained on {CHANNELS} maps of a FLUX model; this model gives 195 maps"):
+        check_layout(classifier, 195, "unet")
+
+
+def test_own_format_keeps_everything_and_replaces_whole_files(tmp_path):
+    network = RelationNetwork(paper_config("mmdit", d_model=32), CHANNELS, 4)
+    layout, training = MapLayout(16, "resized", 12, "mmdit"), {"epochs": 3, "accuracy": [0.5, 0.75]}
+    classifier = LearnedClassifier(network, RELATIONS[:4], layout, StepMapping((1, 3), 4), name="x", training=training,
+                                   licence="CC0-1.0")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"something old")
+    save_classifier(path, classifier)
+    back = load_classifier(path)
+    assert torch.equal(logits(back), logits(classifier))
+    for field in ("name", "relations", "layout", "training", "licence"):
+        assert getattr(back, field) == getattr(classifier, field)
+    assert back.network.config == network.config and vars(back.steps) == vars(classifier.steps)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    first = path.read_bytes()
+    save_classifier(path, back)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["sd2.pth", "x.safetensors"])
+def test_gradients_pass_after_loading_under_inference_mode(tmp_path, name):
+    write(tmp_path, published())
+    save_classifier(tmp_path / "x.safetensors", load_classifier(tmp_path / "sd2.pth"))
+    with torch.inference_mode():
+        classifier = load_classifier(tmp_path / name)
+    maps = torch.rand(1, 20, 16, 16, requires_grad=True)
+    classifier.network(maps, torch.rand(1, 20, 16, 16), torch.tensor([5])).sum().backward()
+    assert maps.grad.abs().sum() > 0
+
+
+# --- what must be refused ----------------------------------------------------------------------------------------
+
+
+def refused(path, words, **options):
+    with pytest.raises(ClassifierError, match=words) as error:
+        load_classifier(path, **options)
+    assert path.name in str(error.value)
+
+
+class Malicious:
+    """Creates a file when unpickled by an ordinary unpickler."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def store_zip(content, path):
+    torch.save(content, path)
+
+
+def store_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def store_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("place", ["whole", "entry", "weight", "array"])
+@pytest.mark.parametrize("store", [store_zip, store_legacy, store_pickle])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, store, place):
+    path, trace = tmp_path / "sd2.pth", tmp_path / "was_run"
+    bad, content = Malicious(trace), published()
+    if place == "entry":
+        content["training_config"]["extra"] = bad
+    elif place == "weight":
+        content["model_state_dict"]["object_extractor.query_vector"] = bad
+    elif place == "array":
+        content["training_config"]["extra"] = numpy.array([bad], dtype=object)
+    store(bad if place == "whole" else content, path)
+    refused(path, r"holds code.*\((posix|nt)\.system\); nothing of it was run")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(bad))
+    assert trace.exists()  # the trap itself works
+
+
+def test_code_under_a_safetensors_name_is_refused_and_not_run(tmp_path):
+    path, trace = tmp_path / "sd2.safetensors", tmp_path / "was_run"
+    path.write_bytes(pickle.dumps(Malicious(trace)))
+    refused(path, "cut off or not a safetensors file")
+    assert not trace.exists()
+
+
+def test_allowing_harmless_types_ends_with_the_call(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    load_classifier(write(tmp_path, published()))
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def test_pickles_are_refused_where_torch_cannot_read_them_safely(tmp_path, monkeypatch):
+    path = write(tmp_path, published())
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    refused(path, r"needs PyTorch 2\.6 or newer; here is 2\.5\.1")
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+    for name in ("a.pth", "a.pt", "a.safetensors"):
+        refused(tmp_path / name, "There is no classifier file")
+        (tmp_path / name).touch()
+        refused(tmp_path / name, r"empty \(0 bytes\)")
+        (tmp_path / name).write_bytes(b"<html>404: Not Found</html>" * 20)
+        refused(tmp_path / name, "cut off or not a")
+    (tmp_path / "a.ckpt").write_bytes(b"x")
+    refused(tmp_path / "a.ckpt", r"must end in \.safetensors, \.pth, \.pt")
+    (tmp_path / "folder.pth").mkdir()
+    refused(tmp_path / "folder.pth", "There is no classifier file")
+
+
+@pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files_are_refused(tmp_path, kind, part):
+    path = write(tmp_path, published())
+    if kind == "legacy":
+        store_legacy(published(), path)
+    elif kind == "safetensors":
+        save_classifier(tmp_path / "x.safetensors", load_classifier(path))
+        path = tmp_path / "x.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(len(whole) * part)])
+    refused(path, "cut off")
+
+
+def without(group, name):
+    return {key: value for key, value in group.items() if key != name}
+
+
+QUERY, LAST = "object_extractor.query_vector", "relation_classifier.fc.8.bias"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda c: [1, 2], "not a relation classifier: a published checkpoint is a dict"),
+    (lambda c: without(c, "model_state_dict"), "not a relation classifier"),
+    (lambda c: c["model_state_dict"], "not a relation classifier"),
+    (lambda c: without(c, "config"), "entry config is missing"),
+    (lambda c: {**c, "config": without(c["config"], "d_model")}, "d_model is missing"),
+    (lambda c: without(without(c, "rel_name_to_idx"), "idx_to_rel_name"), "relations are missing"),
+    (lambda c: {**c, "rel_name_to_idx": {"above": 0, "below": 2}}, r"indices are \[0, 2\], not 0 to 1"),
+    (lambda c: {**c, "rel_name_to_idx": {"above": "first"}}, "relations are damaged"),
+    (lambda c: {**c, "rel_name_to_idx": {"above": 0, "below": 1}}, r"fc\.8\.weight has shape \[5, 128\].*\[2, 128\]"),
+    (lambda c: {**c, "training_config": {"timesteps": [5, 60], "num_timesteps": 50}}, "within a schedule of 50 steps"),
+    (lambda c: {**c, "training_config": {"num_timesteps": 28}}, "for a schedule of 28 steps there is no default"),
+    (lambda c: {**c, "training_config": {"timesteps": "often"}}, "training_config.timesteps is damaged"),
+    (lambda c: {**c, "training_config": {"timesteps": [99], "num_timesteps": 100}}, "step embeddings only for 0 to 49"),
+    (lambda c: {**c, "model_state_dict": without(c["model_state_dict"], QUERY)}, f"missing: {QUERY}"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], "lm_head.weight": torch.zeros(2)}},
+     "unexpected: lm_head.weight"),
+    (lambda c: {**c, "model_state_dict": {}}, r"missing: object_extractor\..* and \d+ more"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], LAST: torch.zeros(7)}},
+     r"fc\.8\.bias has shape \[7\], but by the config it must be \[5\]"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], LAST: torch.zeros(5, dtype=torch.int64)}},
+     "fc.8.bias is not a dense tensor of floating-point"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], LAST: [0.0] * 5}}, "fc.8.bias is not a dense"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], LAST: torch.full((5,), float("nan"))}},
+     r"fc\.8\.bias holds values that are not finite"),
+    (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], LAST: torch.tensor([0, 0, 0, 0, -float("inf")])}},
+     r"fc\.8\.bias holds values that are not finite"),
+    (lambda c: {**c, "config": {**c["config"], "d_model": 64}}, "has shape"),
+    (lambda c: {**c, "config": {**c["config"], "map_size": 60000}}, "has shape"),
+    (lambda c: {**c, "config": {**c["config"], "extractor": {**c["config"]["extractor"], "timestep_embedding": {
+        "enable": True, "mode": "sideways"}}}}, "timestep_embedding.mode is 'sideways'"),
+])
+def test_faults_of_a_published_checkpoint_are_named(tmp_path, change, words):
+    refused(write(tmp_path, change(published())), words)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda d: None, "not a relation classifier: its metadata has no entry 'relation_classifier'"),
+    (lambda d: "{", "metadata is damaged"),
+    (lambda d: [], "metadata is damaged"),
+    (lambda d: {**d, "format_version": 2}, "format version 2 is unknown"),
+    (lambda d: without(d, "steps"), "metadata is damaged.*steps"),
+    (lambda d: {**d, "config": []}, "extractor is missing"),
+    (lambda d: {**d, "config": 5}, "metadata is damaged"),
+    (lambda d: {**d, "layout": {"normalise": "maybe"}}, "normalise must be one of"),
+    (lambda d: {**d, "layout": {"size": "16"}}, "metadata is damaged"),
+    (lambda d: {**d, "relations": ["above"]}, r"fc\.8\.\w+ has shape \[5.*must be \[1"),
+    (lambda d: {**d, "input_channels": 10 ** 30}, "input channels and 5 relations cannot be right"),
+    (lambda d: {**d, "relations": []}, "and 0 relations cannot be right"),
+    (lambda d: {**d, "input_channels": 9}, r"positional_encoding\.pe has shape \[1, 40, 32\]"),
+])
+def test_faults_of_our_own_format_are_named(tmp_path, change, words):
+    path = tmp_path / "x.safetensors"
+    save_classifier(path, load_classifier(write(tmp_path, published())))
+    changed = change(json.loads(read_metadata(path)["relation_classifier"]))
+    text = changed if isinstance(changed, str) else json.dumps(changed)
+    save_file(load_file(path), path, None if changed is None else {"relation_classifier": text})
+    refused(path, words)
+
+
+def test_wrong_weights_in_our_own_format_are_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_classifier(path, load_classifier(write(tmp_path, published())))
+    weights, metadata = load_file(path), read_metadata(path)
+    save_file({**weights, LAST: torch.full((5,), float("inf"))}, path, metadata)
+    refused(path, "not finite")
+    save_file(without(weights, QUERY), path, metadata)
+    refused(path, f"missing: {QUERY}")
+
+
+def read_metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_convert_reports_faults_without_a_traceback(tmp_path, capsys):
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(b"nothing of use")
+    for target, words in (("x.safetensors", "bad.pth: the file is cut off"), ("x.pth", "must end in .safetensors")):
+        with pytest.raises(SystemExit) as ended:
+            convert([str(bad), str(tmp_path / target)])
+        assert ended.value.code and words in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["bad.pth"]

@@ -1,0 +1,166 @@
+"""The geometric classifier on synthetic blobs: exact values, gradients, extremes."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from classifiers.base import ClassifierError, relation_indices
+from classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate
+
+SIZE = 16
+NO_PROGRESS = torch.zeros(1)
+
+
+def block(x: int, y: int, side: int = 2, value: float = 1.0, channels: int = 3) -> torch.Tensor:
+    """A square of `side` cells with its upper left corner at (x, y): [1, channels, 16, 16]."""
+    maps = torch.zeros(1, channels, SIZE, SIZE, dtype=torch.float64)
+    maps[..., y:y + side, x:x + side] = value
+    return maps
+
+
+def smooth(seed: int, batch: int = 1, channels: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, channels, SIZE, SIZE, dtype=torch.float64, generator=generator) ** 4
+
+
+def cross_entropy(classifier, subject, object, relation):
+    target = torch.tensor([relation_indices(classifier, relation)[0]] * len(subject))
+    return torch.nn.functional.cross_entropy(classifier.logits(subject, object, NO_PROGRESS), target)
+
+
+def test_centre_and_extent_of_a_square():
+    where = locate(block(3, 9, side=4), sharpness=2.0)
+    assert where.centre[0].tolist() == pytest.approx([5 / 16 - 0.5, 11 / 16 - 0.5], abs=1e-4)
+    # A bar of 4 cells of 16: its side is 1/4, so its standard deviation is 1/4 / sqrt(12).
+    assert where.deviation[0].tolist() == pytest.approx([0.25 / 12 ** 0.5] * 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "direction"), DIRECTIONS.items())
+def test_exact_logits_for_all_directions(name, direction):
+    """Blocks of side 2/16 whose centres lie 8/16 apart per axis: every violation can be written down by hand."""
+    settings = GeometricSettings()
+    dx, dy = direction
+    subject, object = block(7 + 4 * dx, 7 + 4 * dy), block(7 - 4 * dx, 7 - 4 * dy)
+    got = GeometricClassifier(settings).logits(subject, object, NO_PROGRESS)[0]
+    taken = settings.extent_share * (2 / 16 + 2 / 16)
+
+    def violation(want):
+        margin = settings.diagonal_margin if all(want) else settings.margin
+        total = 0.0
+        for sign, offset in zip(want, (dx / 2, dy / 2), strict=True):
+            total += max(0, margin - (sign * offset - taken)) if sign else \
+                settings.sideways * max(0, abs(offset) - settings.tolerance)
+        return total
+
+    expected = [-violation(want) / settings.temperature for want in DIRECTIONS.values()]
+    assert got.tolist() == pytest.approx(expected, abs=5e-3)
+    assert got.softmax(0)[list(DIRECTIONS).index(name)] > 0.95
+    assert got[list(DIRECTIONS).index(name)] == pytest.approx(0, abs=5e-3)
+
+
+def test_probability_grows_with_distance_and_falls_with_sideways_offset():
+    classifier = GeometricClassifier()
+
+    def above(dx, dy):
+        return classifier.logits(block(7 + dx, 7 - dy), block(7, 7), NO_PROGRESS).softmax(1)[0, 0].item()
+
+    near, middle, far = above(0, 0), above(0, 3), above(0, 6)
+    assert near < 0.3 < middle < far
+    assert above(0, -3) < 0.01
+    assert above(6, 6) < 0.1 < above(3, 6) < far
+
+
+def test_loss_on_above_moves_the_subject_up_and_into_line():
+    """One gradient step on the maps: attention rises above and on the object's side, falls below."""
+    classifier = GeometricClassifier()
+    subject = torch.full((1, 1, SIZE, SIZE), 0.2, dtype=torch.float64)
+    subject += 0.8 * block(11, 8, side=3, channels=1)
+    subject.requires_grad_()
+    cross_entropy(classifier, subject, block(4, 8, side=3, channels=1), "above").backward()
+    before = locate(subject.detach(), 2.0).centre[0]
+    after = locate((subject - 0.01 * subject.grad).detach(), 2.0).centre[0]
+    assert after[1] < before[1] - 1e-4 and after[0] < before[0] - 1e-4
+
+
+@pytest.mark.parametrize("settings", [
+    GeometricSettings(),
+    GeometricSettings(pairwise=0.4, compactness=0.7, compact_radius=0.1, sharpness=3.0),
+])
+@pytest.mark.parametrize("relation", ["above", "to the right of", "below and to the left of"])
+def test_gradient_agrees_with_finite_differences(settings, relation):
+    classifier = GeometricClassifier(settings)
+    subject, object = smooth(1).requires_grad_(), smooth(2).requires_grad_()
+
+    def loss(first, second):
+        return cross_entropy(classifier, first, second, relation) + classifier.regulariser(first, second).sum()
+
+    value = loss(subject, object)
+    gradients = torch.autograd.grad(value, (subject, object))
+    for seed in range(3):
+        steps = tuple(smooth(10 + seed + k) - 0.3 for k in range(2))
+        size = 1e-6
+        ahead = loss(subject + size * steps[0], object + size * steps[1])
+        behind = loss(subject - size * steps[0], object - size * steps[1])
+        slope = sum((gradient * step).sum() for gradient, step in zip(gradients, steps, strict=True))
+        assert ((ahead - behind) / (2 * size)).item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_rows_of_a_batch_do_not_influence_each_other():
+    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5, compactness=1.0))
+    subject, object = smooth(3, batch=4), smooth(4, batch=4)
+    together = classifier.logits(subject, object, torch.zeros(4))
+    spread = classifier.regulariser(subject, object)
+    for row in range(4):
+        one = slice(row, row + 1)
+        assert torch.allclose(classifier.logits(subject[one], object[one], NO_PROGRESS), together[one], atol=1e-12)
+        assert torch.allclose(classifier.regulariser(subject[one], object[one]), spread[one], atol=1e-12)
+
+
+def test_scale_and_offset_of_the_maps_do_not_matter():
+    classifier = GeometricClassifier()
+    subject, object = smooth(5), smooth(6)
+    assert torch.allclose(classifier.logits(subject, object, NO_PROGRESS),
+                          classifier.logits(subject / 300, 7 * object + 0.1, NO_PROGRESS), atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["zeros", "flat", "one cell", "huge", "tiny"])
+def test_extreme_maps_give_finite_logits_and_gradients(kind, dtype):
+    maps = {"zeros": torch.zeros(2, 3, SIZE, SIZE), "flat": torch.full((2, 3, SIZE, SIZE), 1 / 256),
+            "one cell": block(15, 0, side=1).float().repeat(2, 1, 1, 1), "huge": smooth(7, batch=2, channels=3) * 6e4,
+            "tiny": smooth(7, batch=2, channels=3) * 1e-3}[kind].to(dtype).requires_grad_()
+    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5, compactness=1.0))
+    logits = classifier.logits(maps, maps.detach().flip(2), torch.zeros(2))
+    (torch.logsumexp(logits, 1) + classifier.regulariser(maps, maps.detach())).sum().backward()
+    assert logits.dtype == torch.float32 and logits.isfinite().all() and maps.grad.isfinite().all()
+
+
+def test_flat_maps_favour_no_side():
+    flat = torch.full((1, 2, SIZE, SIZE), 0.5)
+    probabilities = GeometricClassifier().logits(flat, flat, NO_PROGRESS).softmax(1)[0]
+    assert torch.allclose(probabilities[:4], probabilities[0].expand(4)) and probabilities.max() < 0.3
+
+
+def test_doubled_object_is_penalised_by_compactness_and_by_pairs():
+    """The subject above the object, and once more below it: the mean hides it, the two terms do not."""
+    single = block(7, 1)
+    doubled = single + block(7, 13, value=0.6)
+    object = block(7, 9)
+    settings = GeometricSettings(compactness=1.0)
+    classifier = GeometricClassifier(settings)
+    assert classifier.regulariser(single, object) == 0
+    assert classifier.regulariser(doubled, object) > 1
+    by_pairs = GeometricClassifier(replace(settings, pairwise=1.0))
+    index = relation_indices(by_pairs, ["above"])[0]
+    assert by_pairs.logits(single, object, NO_PROGRESS)[0, index] == pytest.approx(0, abs=1e-2)
+    assert by_pairs.logits(doubled, object, NO_PROGRESS)[0, index] < -2
+
+
+def test_wrong_shapes_and_settings_are_refused():
+    classifier = GeometricClassifier()
+    with pytest.raises(ClassifierError, match=r"\[batch, channels, 16, 16\].*\[1, 2, 8, 8\]"):
+        classifier.logits(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8), NO_PROGRESS)
+    with pytest.raises(ClassifierError, match="temperature above 0"):
+        GeometricSettings(temperature=0.0)

@@ -1,0 +1,33 @@
+"""Writes a trained small model as one safetensors file: half-precision weights, configuration and summary as metadata."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.latent_formats
+import torch
+from safetensors.torch import save_file
+
+from .config import FLUX_PREFIX, FORMAT, TEXT_CONFIG
+from .latent import PatchTransform
+from .text import WordTokenizer
+
+
+def export(name: str, weights: dict[str, torch.Tensor], transform: PatchTransform, tokenizer: WordTokenizer, path: Path,
+           summary: dict) -> None:
+    """Writes `weights`, whose names begin with `unet.` or `flux.` and `text.`; the patch transform goes in as `vae.`.
+
+    FLUX weights get the prefix that the host's "Load Diffusion Model" looks for, and their latents its scale and shift.
+    """
+    if name == "flux":
+        weights = {FLUX_PREFIX + key[len("flux."):] if key.startswith("flux.") else key: value
+                   for key, value in weights.items()}
+        host = comfy.latent_formats.Flux()
+        transform = transform.rescaled(host.scale_factor, host.shift_factor)
+    tensors = {key: value.to(torch.float16).contiguous() for key, value in weights.items()}
+    tensors |= {f"vae.{key}": value.float().contiguous() for key, value in transform.state_dict().items()}
+    tensors["token_ids"] = torch.tensor(tokenizer.ids, dtype=torch.int32)
+    metadata = {"format": FORMAT, "model": name, "text_config": json.dumps(TEXT_CONFIG), "training": json.dumps(summary)}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.replace(path)

@@ -1,0 +1,151 @@
+"""How each small model is built and what it is trained on; the loop itself is in train.py."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.model
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_management
+import comfy.model_sampling
+import comfy.ops
+import numpy as np
+import torch
+from torch import nn
+
+from .config import END, FLUX_CHANNELS, FLUX_CONFIG, FLUX_TOKENS, UNET_CHANNELS, UNET_CONFIG
+from .latent import PatchTransform
+from .optimizers import split_optimizers
+from .scenes import random_scene
+from .text import TextTransformer, WordTokenizer
+
+EMPTY_CAPTIONS = 0.1
+"""Share of captions left empty, for classifier-free guidance."""
+PEAK_RATE = 1e-3
+"""Learning rate of every optimiser before the decay."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents [B, channels, 16, 16] and token rows [B, 77]."""
+
+    latents: torch.Tensor
+    rows: torch.Tensor
+
+
+def draw_batch(rng: np.random.Generator, size: int, transform: PatchTransform, tokenizer: WordTokenizer) -> Batch:
+    """`size` new random scenes; a tenth of the captions is empty."""
+    scenes = [random_scene(rng) for _ in range(size)]
+    captions = ["" if rng.random() < EMPTY_CAPTIONS else scene.caption for scene in scenes]
+    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return Batch(transform.encode(pixels), tokenizer.rows(captions))
+
+
+def plain_attention(_func, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *_args,
+                    skip_reshape: bool = False, **_kwargs) -> torch.Tensor:
+    """Attention by two matrix products: on a CPU at these sizes twice as fast as the fused kernel in bfloat16.
+
+    In the form of `transformer_options["optimized_attention_override"]`.
+    """
+    if not skip_reshape:
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def initialise(module: nn.Module) -> None:
+    """PyTorch's own initialisation, which `comfy.ops.disable_weight_init` leaves out, and gradients on."""
+    for layer in module.modules():
+        for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm):
+            if isinstance(layer, kind):
+                kind.reset_parameters(layer)
+    module.requires_grad_(True)
+
+
+class UNetRecipe:
+    """v-prediction on Stable Diffusion's noise schedule; the text transformer is trained along."""
+
+    name = "unet"
+    channels = UNET_CHANNELS
+
+    def __init__(self, tokenizer: WordTokenizer) -> None:
+        self.unet = openaimodel.UNetModel(**UNET_CONFIG, operations=comfy.ops.disable_weight_init)
+        initialise(self.unet)
+        for layer in self.unet.modules():
+            if isinstance(layer, openaimodel.ResBlock):
+                nn.init.zeros_(layer.out_layers[-1].weight)
+        nn.init.zeros_(self.unet.out[-1].weight)
+        self.text = TextTransformer(len(tokenizer.ids))
+        self.modules = nn.ModuleDict({"unet": self.unet, "text": self.text})
+        self.sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        outside = ("embedding", "time_embed", "emb_layers", "unet.input_blocks.0.0", "unet.out.")
+        return split_optimizers(self.modules, PEAK_RATE, outside)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        size = batch.latents.shape[0]
+        strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        steps = (strata * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
+        sigma = self.sigmas[steps].view(-1, 1, 1, 1)
+        signal, spread = (sigma ** 2 + 1).rsqrt(), sigma * (sigma ** 2 + 1).rsqrt()
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        noisy = signal * batch.latents + spread * noise
+        velocity = signal * noise - spread * batch.latents
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            context = self.text(batch.rows)
+            options = {"optimized_attention_override": plain_attention}
+            predicted = self.unet(noisy, steps.float(), context=context, transformer_options=options)
+        return (predicted.float() - velocity).square().mean()
+
+
+class FluxRecipe:
+    """Rectified flow with logit-normal times; the text transformer is taken from the trained UNet model and frozen.
+
+    The block matrices are trained by Muon, which needs about half the pictures that AdamW does.
+    """
+
+    name = "flux"
+    channels = FLUX_CHANNELS
+
+    def __init__(self, tokenizer: WordTokenizer, text_weights: dict[str, torch.Tensor]) -> None:
+        self.flux = comfy.ldm.flux.model.Flux(image_model="flux", **FLUX_CONFIG, operations=comfy.ops.disable_weight_init)
+        initialise(self.flux)
+        for layer in self.flux.modules():
+            if isinstance(layer, comfy.ldm.flux.layers.Modulation):
+                nn.init.zeros_(layer.lin.weight)
+                nn.init.zeros_(layer.lin.bias)
+        for layer in (self.flux.final_layer.adaLN_modulation[1], self.flux.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.text = TextTransformer(len(tokenizer.ids))
+        self.text.load_state_dict(text_weights)
+        self.text.requires_grad_(False)
+        self.end = tokenizer.ids.index(END)
+        self.modules = nn.ModuleDict({"flux": self.flux, "text": self.text})
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        outside = ("mod", "img_in", "txt_in", "time_in", "vector_in", "final_layer")
+        return split_optimizers(self.flux, PEAK_RATE, outside)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        size = batch.latents.shape[0]
+        strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        times = torch.sigmoid(torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)))
+        share = times.view(-1, 1, 1, 1)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        noisy = (1 - share) * batch.latents + share * noise
+        with torch.no_grad():
+            hidden = self.text(batch.rows)
+            first_end = (batch.rows == self.end).int().argmax(dim=1)
+            pooled = hidden[torch.arange(size), first_end]
+        training = comfy.model_management.in_training
+        comfy.model_management.in_training = True  # the host's fast rotary embedding has no gradient
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                options = {"optimized_attention_override": plain_attention}
+                predicted = self.flux(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled, transformer_options=options)
+        finally:
+            comfy.model_management.in_training = training
+        return (predicted.float() - (noise - batch.latents)).square().mean()

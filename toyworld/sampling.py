@@ -1,0 +1,39 @@
+"""Pictures from prompts through the host's own sampler, without nodes or a server."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import torch
+
+from .latent import LATENT_SIZE
+
+
+def sample_latents(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, prompts: Sequence[str],
+                   seeds: Sequence[int], cfg: float, steps: int = 25, sampler: str = "ddim",
+                   scheduler: str = "ddim_uniform") -> torch.Tensor:
+    """Latents [B, channels, 16, 16] of one picture per prompt, each from its own seed, sampled as one batch.
+
+    The noise of a picture is that of the stock KSampler with the same seed and a batch of one.
+    """
+    channels = model.get_model_object("latent_format").latent_channels
+    noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, channels, LATENT_SIZE, LATENT_SIZE), seed)
+                       for seed in seeds])
+    positive = [[torch.cat([_encode(clip, prompt)[0] for prompt in prompts]), {}]]
+    negative = [[_encode(clip, "")[0], {}]]
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative,
+                               torch.zeros_like(noise), disable_pbar=True, seed=seeds[0])
+
+
+def _encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, dict]:
+    (hidden, details), = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return hidden, details
+
+
+def sample_pictures(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE,
+                    prompts: Sequence[str], seeds: Sequence[int], cfg: float, **options) -> torch.Tensor:
+    """As `sample_latents`, decoded: [B, 64, 64, 3] from 0 to 1."""
+    with torch.inference_mode():
+        return vae.decode(sample_latents(model, clip, prompts, seeds, cfg, **options)).clone()

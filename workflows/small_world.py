@@ -1,0 +1,102 @@
+"""The sheets for the small world, which need no download."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .sheet import Group, Node, Note, Output, Sheet
+
+SEED, STEPS, CFG, SAMPLER, SCHEDULER = 7, 25, 2.0, "ddim", "ddim_uniform"
+SAMPLING = {"seed": SEED, "steps": STEPS, "cfg": CFG, "sampler_name": SAMPLER, "scheduler": SCHEDULER}
+GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
+
+STEERING_NOTE = """\
+# The same noise, with and without steering
+
+Needs no download: the tiny model ships with this pack. Press **Run**; it takes some seconds on any machine.
+
+- **Above:** the stock KSampler. The tiny model draws the right things, but it does not care where.
+- **Below:** the same seed with *Spatial Steering KSampler*. Before the early denoising steps it moves the latent until the \
+classifier sees the relation in the model's cross-attention.
+
+*Judge Small World* finds the objects by template matching and says whether the relation holds.
+
+**Try:** another prompt (dog, cat, giraffe, airplane, teddy bear, car, apple, umbrella, banana, zebra, clock, ball, pig, \
+train; *to the left of*, *to the right of*, *above*, *below*), or another seed: the same one in both samplers.
+"""
+
+MULTI_NOTE = """\
+# Several relations in one picture
+
+Needs no download: the tiny model ships with this pack.
+
+The prompt names three objects and two relations. *Multi-Relation Graph* reads both and shows what it understood; \
+steering follows the mean of all relations at once. Relations can also be written one a line in the field **relations** \
+(`dog | above | car`), or come from *Spatial Relation* nodes as in the workflow *multi_relation*.
+"""
+
+
+def enlarged(sheet: Sheet, image: Output) -> Node:
+    """64×64 pictures are shown eight times as large, pixel by pixel."""
+    return sheet.node("ImageScale", "Enlarge", width=300, image=image, upscale_method="nearest-exact", width_=512,
+                      height_=512, crop="disabled")
+
+
+def start(sheet: Sheet, note: Note, prompt: str) -> tuple[Node, Node, Node, Node]:
+    """The columns that both lines share: (loader, graph, negative, latent)."""
+    loader = sheet.node("LearnToSteerToyLoader")
+    graph = sheet.node("LearnToSteerGraph", "Prompt", width=420, clip=loader["clip"], prompt=prompt)
+    negative = sheet.node("CLIPTextEncode", "Negative prompt (empty)", width=420, clip=loader["clip"], text="")
+    latent = sheet.node("EmptyLatentImage", width=300, width_=64, height_=64)
+    sheet.column(Group("Read me", [[note]], "#b58b2a"), Group("Model", [[loader, latent]]))
+    sheet.column(Group("What should be where", [[graph, negative]], GREEN))
+    return loader, graph, negative, latent
+
+
+def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, steered: bool) -> list[list[Node]]:
+    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes."""
+    loader, graph, negative, latent = parts
+    capture = sheet.node("LearnToSteerCapture", model=loader["model"], graph=graph["graph"])
+    common = {**SAMPLING, "model": capture["model"], "positive": graph["positive"],
+              "negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
+    first, behind = [capture], []
+    if steered:
+        classifier = sheet.node("LearnToSteerClassifierLoader")
+        sampler = sheet.node("LearnToSteerKSampler", width=320, graph=graph["graph"],
+                             classifier=classifier["classifier"], **common)
+        report = sheet.node("LearnToSteerReport", width=620, report=sampler["report"])
+        first += [classifier]
+        behind = [[report, sheet.node("SaveImage", "Save plot", width=620, images=report["plot"],
+                                      filename_prefix="learn_to_steer/probability")]]
+    else:
+        sampler = sheet.node("KSampler", width=320, **common)
+    samples = sampler["latent" if steered else "LATENT"]
+    maps = sheet.node("LearnToSteerMaps", capture=capture["capture"], samples=samples)
+    decoded = sheet.node("VAEDecode", samples=maps["samples"], vae=loader["vae"])
+    judge = sheet.node("LearnToSteerToyJudge", f"Judge {name}", width=340, image=decoded["IMAGE"], graph=graph["graph"])
+    picture = enlarged(sheet, decoded["IMAGE"])
+    overlay = sheet.node("LearnToSteerOverlay", width=560, maps=maps["maps"], image=decoded["IMAGE"])
+    saved = sheet.node("SaveImage", f"Save {name} picture", width=340, images=picture["IMAGE"],
+                       filename_prefix=f"learn_to_steer/{name}")
+    saved_overlay = sheet.node("SaveImage", f"Save {name} attention", width=560, images=overlay["overlay"],
+                               filename_prefix=f"learn_to_steer/attention_{name}")
+    return [[*first, maps, decoded, picture], [sampler], [saved, judge], [overlay, saved_overlay], *behind]
+
+
+def steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    sheet = Sheet(name, object_info)
+    parts = start(sheet, Note(STEERING_NOTE, 440, 480), "a photo of a dog to the right of a teddy bear")
+    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", False), RED),
+                 Group("With steering, the same seed", line(sheet, parts, "steered", True), BLUE))
+    return sheet
+
+
+def multi_relation(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    sheet = Sheet(name, object_info)
+    parts = start(sheet, Note(MULTI_NOTE, 440, 340), "a photo of a dog above a car and a cat to the left of a car")
+    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", False), RED),
+                 Group("With steering, the same seed", line(sheet, parts, "steered", True), BLUE))
+    return sheet
+
+
+SHEETS = {"toyworld_steering": steering, "toyworld_multi_relation": multi_relation}
