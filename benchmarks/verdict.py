@@ -68,12 +68,12 @@ def main() -> None:
     arguments = parser.parse_args()
     relations = build_graph(arguments.prompt).relations
     if not relations:
-        parser.error(f"no spatial relation in the prompt {arguments.prompt!r}")
+        raise SystemExit(f"The pictures cannot be judged: no spatial relation in the prompt {arguments.prompt!r}")
     try:
         asked = "; ".join(f"{world_noun(relation.subject)} {' and '.join(relation.predicates)} "
                           f"{world_noun(relation.object)}" for relation in relations)
     except ValueError as error:
-        parser.error(str(error))
+        raise SystemExit(f"The pictures cannot be judged: {error}") from None
     pictures = dict(word.split("=", 1) for word in arguments.pictures)
     found = detect(np.stack([load(Path(file)) for file in pictures.values()]))
     shown = " | ".join(f"{name}: {verdict(items, relations)}" for name, items in zip(pictures, found, strict=True))

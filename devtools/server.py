@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .client import Client, ServerError
+from .environment import child_variables
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "learn-to-steer"
@@ -73,7 +74,7 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=self.base,
-                env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"},
+                env=child_variables(),
                 start_new_session=True)  # Ctrl-C comes to us alone, and `stop` ends it in order
         began = time.monotonic()
         while True:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..steering.relations import RELATIONS, RelationGraph, build_graph, parse_predicate
+from ..steering.relations import RELATIONS, RelationError, RelationGraph, build_graph, parse_predicate
 from ..steering.relations import Relation as SpatialRelation
 from ..steering.tokens import encode_prompt
 from .types import CATEGORY, Graph, Relation
@@ -56,6 +56,9 @@ class MultiRelationGraph(io.ComfyNode):
                                 tooltip="Optional, one a line: dog | to the right of | teddy bear. A fourth field is a "
                                         "weight. They replace what is read from the prompt; with an empty prompt they "
                                         "also write it."),
+                io.Boolean.Input("allow_no_relation", default=False, optional=True, advanced=True,
+                                 tooltip="Accept a prompt in which no relation is found: nothing is steered then. Off: it "
+                                         "is an error, so that a misspelt relation is noticed."),
                 io.Autogrow.Input("relation_list", optional=True, tooltip="Optional list of \"Spatial Relation\" nodes; it "
                                   "grows as you connect them.",
                                   template=io.Autogrow.TemplatePrefix(
@@ -72,14 +75,28 @@ class MultiRelationGraph(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompt: str, relations: str = "", relation_list: dict | None = None) -> io.NodeOutput:
+    def execute(cls, clip, prompt: str, relations: str = "", allow_no_relation: bool = False,
+                relation_list: dict | None = None) -> io.NodeOutput:
         if clip is None:
             raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with "
                                "\"Load CLIP\" or \"DualCLIPLoader\".")
         extra = tuple(relation for relation in (relation_list or {}).values() if relation is not None)
-        graph: RelationGraph = build_graph(prompt, relations or "", extra)
+        try:
+            graph: RelationGraph = build_graph(prompt, relations or "", extra)
+        except RelationError as error:
+            raise RelationError(f"{_source(relations, extra)}: {error}") from None
+        if not graph.relations and not allow_no_relation:
+            raise RelationError(f"input 'prompt': no relation found in \"{prompt}\". Write one, such as \"a dog to the left of "
+                                "a cat\" (also: right of, above, below, on top of, under), or give it in 'relations', or "
+                                "switch 'allow_no_relation' on.")
         positive = encode_prompt(clip, graph.prompt)
         return io.NodeOutput(graph, positive, graph.prompt, ui=ui.PreviewText(graph.describe()))
+
+
+def _source(lines: str, extra: tuple[SpatialRelation, ...]) -> str:
+    """The inputs from which the relations came."""
+    used = {"'relations'": bool(lines and lines.strip()), "'relation_list'": bool(extra)}
+    return "input " + (" and ".join(name for name, given in used.items() if given) or "'prompt'")
 
 
 class SteerableTextEncode(io.ComfyNode):

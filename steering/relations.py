@@ -45,7 +45,7 @@ class Relation:
             raise RelationError(f"The relation {str(self)!r} has the weight {self.weight}. Give a number of 0 or more.")
 
     def __str__(self) -> str:
-        return f"{self.subject} — {' and '.join(self.predicates)} → {self.object}"
+        return f"{self.subject} {' and '.join(self.predicates)} {self.object}"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A small world with exact ground truth: scenes with captions, an exact detector, tiny models of the real architectures."""
+"""A small world with exact ground truth: scenes with captions, an exact detector, tiny real-architecture models."""

@@ -1,4 +1,4 @@
-"""Measures a small model with the exact detector: `python -m toyworld.evaluate --prompts 200` (see `train` for the rest)."""
+"""Measures a small model with the exact detector: `python -m toyworld.evaluate --prompts 200`."""
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes a trained small model as one safetensors file: half-precision weights, configuration and summary as metadata."""
+"""Writes a trained small model as one safetensors file: weights in half precision, training summary as metadata."""
 from __future__ import annotations
 
 import json
@@ -27,7 +27,8 @@ def export(name: str, weights: dict[str, torch.Tensor], transform: PatchTransfor
     tensors = {key: value.to(torch.float16).contiguous() for key, value in weights.items()}
     tensors |= {f"vae.{key}": value.float().contiguous() for key, value in transform.state_dict().items()}
     tensors["token_ids"] = torch.tensor(tokenizer.ids, dtype=torch.int32)
-    metadata = {"format": FORMAT, "model": name, "text_config": json.dumps(TEXT_CONFIG), "training": json.dumps(summary)}
+    metadata = {"format": FORMAT, "model": name, "text_config": json.dumps(TEXT_CONFIG),
+                "training": json.dumps(summary)}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=metadata)
     temporary.replace(path)

@@ -45,7 +45,7 @@ class PatchTransform(torch.nn.Module):
         return other
 
     def rgb_factors(self) -> tuple[list[list[float]], list[float]]:
-        """Mean colour (-1 to 1) of a patch as a linear function of its latent, for previews: [channels][3] and bias [3]."""
+        """Mean colour (-1 to 1) of a patch as a function of its latent, for previews: [channels][3] and bias [3]."""
         return self.decode_weight.mean(dim=(2, 3)).tolist(), self.decode_bias.mean(dim=(1, 2)).tolist()
 
 

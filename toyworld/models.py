@@ -36,12 +36,12 @@ def _clip_class(length: int) -> type[comfy.sd1_clip.SD1ClipModel]:
     config = {**TEXT_CONFIG, "max_position_embeddings": length}
 
     class SmallText(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 (as the host's)
             super().__init__(device=device, dtype=dtype, model_options=model_options, max_length=length,
                              textmodel_json_config=dict(config), return_projected_pooled=False)
 
     class SmallClip(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 (as the host's)
             super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=SmallText)
 
     return SmallClip
@@ -91,7 +91,8 @@ def build_clip(tensors: dict[str, torch.Tensor], length: int = LENGTH) -> comfy.
     table = torch.zeros(VOCABULARY, rows.shape[1], dtype=rows.dtype)
     table[tensors["token_ids"].long()] = rows
     state[prefix + "embeddings.token_embedding.weight"] = table
-    state[prefix + "embeddings.position_embedding.weight"] = state[prefix + "embeddings.position_embedding.weight"][:length]
+    positions = prefix + "embeddings.position_embedding.weight"
+    state[positions] = state[positions][:length]
     state["clip_l.transformer.text_projection.weight"] = torch.eye(rows.shape[1], dtype=rows.dtype)
     state["clip_l.logit_scale"] = torch.tensor(4.6055)
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, _clip_class(length))
@@ -131,9 +132,10 @@ def load_unet_world(path: Path | None = None
 
 
 def build_flux(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """The model as the host's "Load Diffusion Model" makes it, in single precision, with our latent's size and colours."""
+    """The model as the host's "Load Diffusion Model" makes it, in single precision, with our latent's size."""
     state = {key: value for key, value in tensors.items() if key.startswith(FLUX_PREFIX)}
-    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32}, disable_dynamic=True)
+    options = {"dtype": torch.float32}
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, disable_dynamic=True)
     latent_format = model.model.latent_format
     latent_format.spacial_downscale_ratio = PATCH
     transform = build_transform(tensors).rescaled(1 / latent_format.scale_factor,

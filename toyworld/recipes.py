@@ -23,6 +23,8 @@ EMPTY_CAPTIONS = 0.1
 """Share of captions left empty, for classifier-free guidance."""
 PEAK_RATE = 1e-3
 """Learning rate of every optimiser before the decay."""
+HIGH_NOISE = 1.5
+"""Above 1, the UNet sees noisy steps more often than clean ones."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class UNetRecipe:
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
         strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        strata = 1 - (1 - strata) ** HIGH_NOISE  # the noisy steps decide which objects there are
         steps = (strata * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
         sigma = self.sigmas[steps].view(-1, 1, 1, 1)
         signal, spread = (sigma ** 2 + 1).rsqrt(), sigma * (sigma ** 2 + 1).rsqrt()
@@ -110,7 +113,7 @@ class FluxRecipe:
     channels = FLUX_CHANNELS
 
     def __init__(self, tokenizer: WordTokenizer, text_weights: dict[str, torch.Tensor]) -> None:
-        self.flux = comfy.ldm.flux.model.Flux(image_model="flux", **FLUX_CONFIG, operations=comfy.ops.disable_weight_init)
+        self.flux = comfy.ldm.flux.model.Flux(**FLUX_CONFIG, operations=comfy.ops.disable_weight_init)
         initialise(self.flux)
         for layer in self.flux.modules():
             if isinstance(layer, comfy.ldm.flux.layers.Modulation):
@@ -144,8 +147,8 @@ class FluxRecipe:
         comfy.model_management.in_training = True  # the host's fast rotary embedding has no gradient
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                options = {"optimized_attention_override": plain_attention}
-                predicted = self.flux(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled, transformer_options=options)
+                predicted = self.flux(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled,
+                                      transformer_options={"optimized_attention_override": plain_attention})
         finally:
             comfy.model_management.in_training = training
         return (predicted.float() - (noise - batch.latents)).square().mean()

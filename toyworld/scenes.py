@@ -22,7 +22,7 @@ HELD_OUT_NOUNS = ("giraffe", "apple", "clock")
 IMAGE_SIZE = 64
 MIN_GAP = 2
 GRID = 4
-"""Boxes begin at multiples of this, the patch size of the latent: the models then learn the shapes several times faster."""
+"""Boxes begin at multiples of this, the patch size of the latent: the models then learn the shapes much faster."""
 SIZES_FEW = (14, 18, 22)
 SIZES_MANY = (12, 16)
 """Longest side in pixels: with one or two objects, and with three to five."""
@@ -93,7 +93,7 @@ def _cells() -> dict[str, Image.Image]:
 
 @functools.cache
 def sprite(noun: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The noun's picture at a longest side of `size` pixels: colours (float32 [h, w, 3], 0 to 255) and opacity [h, w, 1]."""
+    """The noun at a longest side of `size` pixels: colours (float32 [h, w, 3], 0 to 255) and opacity [h, w, 1]."""
     cells = _cells()
     if noun not in cells:
         raise ValueError(f"the small world has no {noun!r}; it knows {', '.join(cells)}")
@@ -125,7 +125,7 @@ def render(objects: tuple[PlacedObject, ...], sizes: tuple[int, ...], canvas: np
 
 
 def _place(rng: np.random.Generator, nouns: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[PlacedObject, ...]:
-    """Boxes drawn uniformly on the grid, apart by at least MIN_GAP pixels along one axis; starts anew when it gets stuck."""
+    """Boxes drawn uniformly on the grid, MIN_GAP pixels apart along one axis; starts anew when it gets stuck."""
     while True:
         placed: list[PlacedObject] = []
         for noun, size in zip(nouns, sizes, strict=True):
@@ -197,7 +197,8 @@ def _relation_word(rng: np.random.Generator, subject: PlacedObject, other: Place
 
 def _fill(form: MultiForm, names: list[str], words: list[str], comma: bool = False) -> str:
     template = form.text.replace(" and ", ", and ") if comma else form.text
-    return template.format(**dict(zip("ABCDE", names)), **{f"r{k}": word for k, word in enumerate(words, 1)})
+    values = {f"r{k}": word for k, word in enumerate(words, 1)}
+    return template.format(**dict(zip("ABCDE", names, strict=False)), **values)
 
 
 def _caption(rng: np.random.Generator, objects: tuple[PlacedObject, ...]) -> str:

@@ -91,8 +91,8 @@ class _Embeddings(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: dict) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config["hidden_size"], config["num_attention_heads"], config["intermediate_size"])
-                                    for _ in range(config["num_hidden_layers"]))
+        shape = (config["hidden_size"], config["num_attention_heads"], config["intermediate_size"])
+        self.layers = nn.ModuleList(_Layer(*shape) for _ in range(config["num_hidden_layers"]))
 
 
 class TextTransformer(nn.Module):

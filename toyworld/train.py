@@ -1,7 +1,7 @@
 """Trains the small models: `python -m toyworld.train unet --minutes 60` (from the repository root, COMFYUI_PATH set).
 
-Progress is shown as a line, logged as JSON lines, and kept in a state file in the cache folder: the same command goes on
-where it stopped. The averaged weights are exported every few minutes and at the end.
+Progress is shown as a line, logged as JSON lines, and kept in a state file in the cache folder: the same command goes
+on where it stopped. The averaged weights are exported every few minutes and at the end.
 """
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Run:
         self.average = {key: value.detach().clone() for key, value in self.recipe.modules.state_dict().items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.rng = np.random.default_rng(seed + 2)
-        self.state_file = folder / "state.pt"
+        self.state_file, self.export_file = folder / "state.pt", folder / f"{name}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> float:
@@ -110,9 +110,9 @@ class Run:
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.state_file)
-        export(self.recipe.name, self.average, self.transform, self.tokenizer, self.folder / f"{self.recipe.name}.safetensors",
-               {"seed": self.seed, "pictures": self.clock.step * BATCH, "minutes": round(self.clock.seconds / 60, 1),
-                "batch": BATCH, "threads": torch.get_num_threads()})
+        summary = {"seed": self.seed, "pictures": self.clock.step * BATCH, "minutes": round(self.clock.seconds / 60, 1),
+                   "batch": BATCH, "threads": torch.get_num_threads()}
+        export(self.recipe.name, self.average, self.transform, self.tokenizer, self.export_file, summary)
 
     def resume(self) -> bool:
         """Goes on from the state file where there is one; True if so."""
@@ -154,7 +154,7 @@ def train(run: Run) -> None:
                 run.save()
                 saved = now
     run.save()
-    print(f"\nexported {run.folder / (run.recipe.name + '.safetensors')}")
+    print(f"\nexported {run.export_file}")
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ class Node:
     grown: dict[str, int]
     color: str
     extra_height: int
+    collapsed: bool
     id: int = 0
     pos: tuple[int, int] = (0, 0)
 
@@ -84,7 +85,7 @@ class Node:
         """As the page would make it, and what the node shows of itself below."""
         slots = max(len(self.sockets()), len(self.info["output"]), 0)
         texts = sum(bool(spec.options.get("multiline")) for spec in self.specs if spec.is_widget)
-        return (slots * SLOT + (len(self.widget_values()) - texts) * WIDGET + texts * TEXT + 16
+        return (slots * SLOT + (len(self.widget_values()) - texts) * WIDGET + texts * TEXT + 18
                 + PREVIEWED.get(self.type, 0) + self.extra_height)
 
 
@@ -122,12 +123,17 @@ class Group:
             top = y + GROUP_TITLE
             for node in column:
                 node.pos = (left, top + TITLE)
-                top += TITLE + node.height + GAP
+                top += room(node)
             left += max(node.width for node in column) + GAP
 
 
 def stacked(column: Sequence[Node | Note]) -> int:
-    return sum(TITLE + node.height + GAP for node in column) - GAP
+    return sum(map(room, column)) - GAP
+
+
+def room(node: Node | Note) -> int:
+    """What a node takes of its column, with the gap below it."""
+    return TITLE + (0 if isinstance(node, Node) and node.collapsed else node.height) + GAP
 
 
 class Sheet:
@@ -138,8 +144,8 @@ class Sheet:
         self.object_info = object_info
         self.columns: list[list[Group]] = []
 
-    def node(self, type: str, title: str = "", width: int = 300, color: str = "", extra_height: int = 0,
-             **inputs: Any) -> Node:
+    def node(self, type: str, /, title: str = "", width: int = 300, color: str = "", extra_height: int = 0,
+             collapsed: bool = False, **inputs: Any) -> Node:
         """A node; `inputs` are values of fields, outputs of other nodes, or a list of outputs for a growing list.
 
         An input whose name is taken here (width) is written with an underscore behind it.
@@ -147,7 +153,8 @@ class Sheet:
         if type not in self.object_info:
             raise KeyError(f"the server has no node {type!r}")
         info = self.object_info[type]
-        node = Node(type, info, title or info.get("display_name") or type, width, {}, {}, {}, color, extra_height)
+        node = Node(type, info, title or info.get("display_name") or type, width, {}, {}, {}, color, extra_height,
+                    collapsed)
         specs = {spec.name: spec for spec in node.specs}
         for name, value in inputs.items():
             name = name.removesuffix("_")
@@ -224,7 +231,7 @@ class Sheet:
                    for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"], strict=True))]
         core = not node.info["python_module"].startswith("custom_nodes")
         entry = {
-            "id": node.id, "type": node.type, "pos": list(node.pos), "size": [node.width, node.height], "flags": {},
+            "id": node.id, "type": node.type, "pos": list(node.pos), "size": [node.width, node.height], "flags": {"collapsed": True} if node.collapsed else {},
             "order": order, "mode": 0, "inputs": inputs, "outputs": outputs, "title": node.title,
             "properties": {"cnr_id": "comfy-core" if core else PACK, "ver": "0.30.0" if core else PACK_VERSION,
                            "Node name for S&R": node.type},

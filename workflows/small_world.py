@@ -66,26 +66,26 @@ def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, steered:
                              classifier=classifier["classifier"], **common)
         report = sheet.node("LearnToSteerReport", width=620, report=sampler["report"])
         first += [classifier]
-        behind = [[report, sheet.node("SaveImage", "Save plot", width=620, images=report["plot"],
+        behind = [[report, sheet.node("SaveImage", "Save plot", width=620, collapsed=True, images=report["plot"],
                                       filename_prefix="learn_to_steer/probability")]]
     else:
         sampler = sheet.node("KSampler", width=320, **common)
     samples = sampler["latent" if steered else "LATENT"]
     maps = sheet.node("LearnToSteerMaps", capture=capture["capture"], samples=samples)
     decoded = sheet.node("VAEDecode", samples=maps["samples"], vae=loader["vae"])
-    judge = sheet.node("LearnToSteerToyJudge", f"Judge {name}", width=340, image=decoded["IMAGE"], graph=graph["graph"])
+    judge = sheet.node("LearnToSteerToyJudge", f"Judge {name}", width=380, image=decoded["IMAGE"], graph=graph["graph"])
     picture = enlarged(sheet, decoded["IMAGE"])
     overlay = sheet.node("LearnToSteerOverlay", width=560, maps=maps["maps"], image=decoded["IMAGE"])
-    saved = sheet.node("SaveImage", f"Save {name} picture", width=340, images=picture["IMAGE"],
+    saved = sheet.node("SaveImage", f"Save {name} picture", width=380, images=picture["IMAGE"],
                        filename_prefix=f"learn_to_steer/{name}")
-    saved_overlay = sheet.node("SaveImage", f"Save {name} attention", width=560, images=overlay["overlay"],
-                               filename_prefix=f"learn_to_steer/attention_{name}")
-    return [[*first, maps, decoded, picture], [sampler], [saved, judge], [overlay, saved_overlay], *behind]
+    saved_overlay = sheet.node("SaveImage", f"Save {name} attention", width=560, collapsed=True,
+                               images=overlay["overlay"], filename_prefix=f"learn_to_steer/attention_{name}")
+    return [first, [sampler], [maps, decoded, picture], [saved, judge], [overlay, saved_overlay], *behind]
 
 
 def steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
     sheet = Sheet(name, object_info)
-    parts = start(sheet, Note(STEERING_NOTE, 440, 480), "a photo of a dog to the right of a teddy bear")
+    parts = start(sheet, Note(STEERING_NOTE, 440, 340), "a photo of a dog to the right of a teddy bear")
     sheet.column(Group("Without steering", line(sheet, parts, "unsteered", False), RED),
                  Group("With steering, the same seed", line(sheet, parts, "steered", True), BLUE))
     return sheet
@@ -93,7 +93,7 @@ def steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
 
 def multi_relation(name: str, object_info: Mapping[str, Any]) -> Sheet:
     sheet = Sheet(name, object_info)
-    parts = start(sheet, Note(MULTI_NOTE, 440, 340), "a photo of a dog above a car and a cat to the left of a car")
+    parts = start(sheet, Note(MULTI_NOTE, 440, 260), "a photo of a dog to the left of a cat and an apple above the cat")
     sheet.column(Group("Without steering", line(sheet, parts, "unsteered", False), RED),
                  Group("With steering, the same seed", line(sheet, parts, "steered", True), BLUE))
     return sheet

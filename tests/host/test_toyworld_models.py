@@ -12,12 +12,13 @@ from standalone import prepare_host
 
 prepare_host()
 
-import comfy.sample  # noqa: E402  (the host must be on the path first)
+import comfy.sd  # noqa: E402  (the host must be on the path first)
 import latent_preview  # noqa: E402
-import nodes as host_nodes  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from toyworld import models, text  # noqa: E402
+import nodes as host_nodes  # noqa: E402
+from toyworld import models, text, train  # noqa: E402
 from toyworld.detector import detect, judge  # noqa: E402
 from toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
 from toyworld.scenes import random_scene, relation_parts, two_object_prompts  # noqa: E402
@@ -37,7 +38,8 @@ def stock_picture(world: tuple, prompt: str, seed: int, steps: int = 10) -> torc
         positive, = host_nodes.CLIPTextEncode().encode(clip, prompt)
         negative, = host_nodes.CLIPTextEncode().encode(clip, "")
         latent, = host_nodes.EmptyLatentImage().generate(64, 64, 1)
-        sampled, = host_nodes.KSampler().sample(model, seed, steps, 2.0, "ddim", "ddim_uniform", positive, negative, latent)
+        sampled, = host_nodes.KSampler().sample(model, seed, steps, 2.0, "ddim", "ddim_uniform", positive, negative,
+                                                latent)
         return host_nodes.VAEDecode().decode(vae, sampled)[0].clone()
 
 
@@ -79,7 +81,7 @@ def test_the_training_twin_equals_the_hosts_text_encoder(world: tuple) -> None:
     tokenizer = text.WordTokenizer()
     assert tensors["token_ids"].tolist() == tokenizer.ids
     twin = text.TextTransformer(len(tokenizer.ids))
-    twin.load_state_dict({key[len("text."):]: value.float() for key, value in tensors.items() if key.startswith("text.")})
+    twin.load_state_dict({key: value.float() for key, value in models.part(tensors, "text.").items()})
     for caption in ("a photo of a teddy bear above a dog, and a cat below a car", ""):
         (hidden, details), = world[1].encode_from_tokens_scheduled(world[1].tokenize(caption))
         with torch.no_grad():
@@ -95,7 +97,7 @@ def test_previews_have_the_pictures_colours(world: tuple) -> None:
     latent = vae.encode(pixels)
     previewer = latent_preview.Latent2RGBPreviewer(model.model.latent_format.latent_rgb_factors,
                                                    model.model.latent_format.latent_rgb_factors_bias)
-    preview = torch.from_numpy(np.asarray(previewer.decode_latent_to_preview(latent.clone()))).float() / 255
+    preview = torch.from_numpy(np.array(previewer.decode_latent_to_preview(latent.clone()))).float() / 255
     means = pixels[0].unflatten(0, (16, 4)).unflatten(2, (16, 4)).mean(dim=(1, 3))
     assert preview.shape == (16, 16, 3)
     assert (preview - means).abs().mean() < 0.03
@@ -119,9 +121,6 @@ def test_batches_equal_single_pictures(world: tuple) -> None:
 
 
 def test_the_checkpoint_saver_writes_the_model(world: tuple, tmp_path: Path) -> None:
-    import comfy.sd
-    from safetensors import safe_open
-
     path = tmp_path / "saved.safetensors"
     comfy.sd.save_checkpoint(str(path), world[0], clip=None, vae=world[2])
     with safe_open(path, framework="pt") as file:
@@ -147,3 +146,41 @@ def test_bad_files_are_named(tmp_path: Path, content: object, error: type, messa
         save_file({"a": torch.zeros(1)}, path, metadata={key: json.dumps(value) for key, value in content.items()})
     with pytest.raises(error, match=message):
         models.load_unet_world(path)
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BATCH", 2)
+
+    def start(folder: str) -> train.Run:
+        return train.Run(name, train.Clock(None, 100), tmp_path / folder, seed=0)
+
+    straight, first = start("straight"), start("resumed")
+    for _ in range(4):
+        straight.step()
+    for _ in range(2):
+        first.step()
+    first.save()
+    second = start("resumed")
+    assert second.resume()
+    for _ in range(2):
+        second.step()
+    assert second.clock.step == 4
+    for key, value in straight.average.items():
+        assert torch.equal(value, second.average[key]), key
+    assert models.read_summary(tmp_path / "resumed" / f"{name}.safetensors")["pictures"] == 4
+
+
+def test_an_exported_flux_is_loaded_by_the_hosts_own_loader(tmp_path: Path) -> None:
+    run = train.Run("flux", train.Clock(None, 100), tmp_path, seed=0)
+    run.save()
+    model = comfy.sd.load_diffusion_model(str(run.export_file))
+    assert type(model.model.diffusion_model).__name__ == "Flux"
+    world = models.load_flux_world(run.export_file)
+    pixels = torch.from_numpy(random_scene(np.random.default_rng(1), 2).image)[None].float() / 255
+    latent = world[2].encode(pixels)
+    assert latent.shape == (1, 16, 16, 16)
+    assert (world[2].decode(latent) - pixels).square().mean().sqrt() < 0.05
+    pictures = sample_pictures(*world, ["a dog above a cat"], [1], 3.0, steps=2, sampler="euler", scheduler="simple")
+    assert pictures.shape == (1, 64, 64, 3)
+    assert model.model.latent_format.latent_channels == 16

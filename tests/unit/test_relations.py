@@ -280,7 +280,7 @@ def test_contradictions_name_the_whole_cycle(short, cycle):
     graph = graph_of(*short)
     with pytest.raises(RelationError) as caught:
         graph.check()
-    assert str(caught.value).count("→") == cycle
+    assert str(caught.value).count(";") == cycle - 1
     relations = re.split(r"; |: ", str(caught.value).split(". ")[0])[1:]
     assert set(relations) <= {str(relation) for relation in graph.relations}
 
@@ -289,9 +289,9 @@ def test_a_cycle_is_named_in_order_with_its_axis_and_a_remedy():
     with pytest.raises(RelationError) as caught:
         graph_of("a L b", "x A y", "c R b", "c L a").check()
     text = str(caught.value)
-    assert "horizontally" in text and "Remove or reverse" in text and "x —" not in text
-    assert text.index("c — to the left of → a") < text.index("a — to the left of → b") < text.index(
-        "c — to the right of → b")
+    assert "horizontally" in text and "Remove or reverse" in text and "x " not in text.split(":")[1]
+    assert text.index("c to the left of a") < text.index("a to the left of b") < text.index(
+        "c to the right of b")
 
 
 @pytest.mark.parametrize("short", [("a L b", "b A a"), ("a L b", "b L c", "a L c"), ("a L b", "b L c", "c R b"),
@@ -369,12 +369,12 @@ def test_phrases_are_distinct_in_first_seen_order_and_spelt_one_way():
 
 def test_describe_and_str():
     graph = build_graph("a dog, a cat", "dog | above and left of | cat\ncat | below | dog | 0.5\ndog | below | cat | 0")
-    assert str(graph.relations[0]) == "dog — above and to the left of → cat"
+    assert str(graph.relations[0]) == "dog above and to the left of cat"
     assert graph.describe().splitlines() == [
-        "3 relations:", "1. dog — above and to the left of → cat", "2. cat — below → dog  (weight 0.5)",
-        "3. dog — below → cat  (weight 0: off)", "Prompt: a dog, a cat"]
+        "3 relations:", "1. dog above and to the left of cat", "2. cat below dog  (weight 0.5)",
+        "3. dog below cat  (weight 0: off)", "Prompt: a dog, a cat"]
     assert build_graph("a dog").describe() == "No relation found.\nPrompt: a dog"
-    assert build_graph("a dog above a cat").describe().startswith("1 relation:\n1. dog — above → cat\n")
+    assert build_graph("a dog above a cat").describe().startswith("1 relation:\n1. dog above cat\n")
 
 
 def test_split_occurrence():

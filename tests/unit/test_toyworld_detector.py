@@ -106,7 +106,7 @@ def test_of_two_dogs_the_surer_one_counts() -> None:
 
 
 def test_a_diagonal_needs_both_axes() -> None:
-    low_cat = Detection("cat", (40, 44, 56, 60), 0.9)
+    low_cat = Detection("cat", (30, 44, 46, 60), 0.9)
     both = ("above", "to the left of")
     assert judge([DOG_LEFT, low_cat], "dog", both, "cat").relation
     assert not judge([DOG_LEFT, CAT_RIGHT], "dog", both, "cat").relation

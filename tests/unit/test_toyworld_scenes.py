@@ -22,7 +22,7 @@ def test_the_words_the_issue_asks_for_are_known() -> None:
 def test_the_same_seed_gives_the_same_scenes() -> None:
     first, second = draw(20), draw(20)
     assert [scene.caption for scene in first] == [scene.caption for scene in second]
-    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, second))
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, second, strict=True))
 
 
 def test_objects_lie_inside_and_apart() -> None:

@@ -55,6 +55,13 @@ def test_unknown_noun():
         world_noun("spaceship")
 
 
+def test_program_says_what_it_cannot_judge():
+    for prompt in ("a spaceship above a dog", "a dog"):
+        told = subprocess.run([sys.executable, "-m", "benchmarks.verdict", "--prompt", prompt, "a=none.png"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert told.returncode == 1 and told.stderr.startswith("The pictures cannot be judged: ")
+
+
 def test_program_reads_enlarged_files_and_prints_one_line(tmp_path):
     scene = picture(dog=(32, 14), cat=(32, 48))
     Image.fromarray(scene).resize((512, 512), Image.Resampling.NEAREST).save(tmp_path / "a.png")

@@ -1,0 +1,106 @@
+"""Time and peak memory of looking and of steering, as ratios to the host's own forward pass in the same run.
+
+    python dev.py bench cost --backbone unet --json FILE
+
+Each row runs in a process of its own, so that its peak is its own: a plain forward pass, one with capture, and one
+gradient evaluation with and without recomputation, at small-world size and at real width with random weights (fp32).
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+PASSES = ("forward", "capture", "gradient", "gradient, recomputed")
+SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²"),
+         "flux": ("small world", "FLUX width 512²", "FLUX width 1024²")}
+
+
+class PeakMemory:
+    """Highest resident memory of this process above where it began, sampled every 2 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        import psutil
+
+        self._process, self._stop, self.peak = psutil.Process(), threading.Event(), 0
+        self._base = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.peak = max(self.peak, self._process.memory_info().rss - self._base)
+
+    def __exit__(self, *exception) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure(backbone: str, size: str, kind: str, repeats: int) -> dict:
+    """Seconds (median) and bytes: weights plus the highest further use of one pass."""
+    import torch
+
+    from standalone import load_pack
+
+    load_pack()
+    from .passes import prepare
+
+    torch.set_num_threads(os.cpu_count())
+    with torch.inference_mode():
+        run, weights = prepare(backbone, size, kind)
+        run()  # the first pass builds what later ones reuse
+        with PeakMemory() as memory:
+            seconds = [run() for _ in range(repeats)]
+    return {"seconds": statistics.median(seconds), "peak_bytes": weights + memory.peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python dev.py bench cost", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--backbone", choices=sorted(SIZES), default="unet")
+    parser.add_argument("--sizes", nargs="+", help="only these")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "PASS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        write_result(arguments)
+        return
+    from .table import machine, print_table, write_json
+
+    result = {"machine": machine(), "backbone": arguments.backbone, "rows": []}
+    print(result["machine"])
+    for size in arguments.sizes or SIZES[arguments.backbone]:
+        plain = None
+        for kind in PASSES:
+            measured = in_own_process(arguments, size, kind)
+            plain = plain or measured
+            result["rows"].append({"name": kind, "size": size, "seconds": measured["seconds"],
+                                   "seconds_ratio": measured["seconds"] / plain["seconds"],
+                                   "peak_bytes": measured["peak_bytes"],
+                                   "peak_ratio": measured["peak_bytes"] / plain["peak_bytes"]})
+            print(f"{size}, {kind}: {measured['seconds']:.3f} s, {measured['peak_bytes'] / 2**20:.0f} MB", flush=True)
+            write_json(arguments.json, result)
+    print_table(result["rows"])
+
+
+def in_own_process(arguments: argparse.Namespace, size: str, kind: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        subprocess.run([sys.executable, "-m", "benchmarks.cost", "--backbone", arguments.backbone, "--repeats",
+                        str(arguments.repeats), "--json", str(file), "--one", size, kind], check=True)
+        return json.loads(file.read_text())
+
+
+def write_result(arguments: argparse.Namespace) -> None:
+    arguments.json.write_text(json.dumps(measure(arguments.backbone, *arguments.one, arguments.repeats)))
+
+
+if __name__ == "__main__":
+    main()

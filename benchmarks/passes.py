@@ -1,0 +1,93 @@
+"""The passes that `cost` times: one evaluation of the host's model as a sampler makes it, watched and steered."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import torch
+from comfy.sd1_clip import SD1Tokenizer
+from learn_to_steer.classifiers.geometric import GeometricClassifier
+from learn_to_steer.steering.optimizer import SteeringSettings
+from learn_to_steer.steering.relations import build_graph
+from learn_to_steer.steering.sampling import Capture, Steering, apply_capture, apply_steering
+from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt, flat_tokens
+from learn_to_steer.toyworld.models import load_unet_world
+
+PROMPT = "a photo of a dog to the right of a teddy bear"
+SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4, 4],
+        "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+        "num_heads": -1, "num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True,
+        "use_spatial_transformer": True, "adm_in_channels": None, "use_temporal_attention": False, "legacy": False}
+
+
+def random_unet(settings: dict, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
+    """The host's UNet with random weights: shapes, time and memory are real, pictures are not."""
+    config = comfy.supported_models.SD20({**settings, "dtype": dtype})
+    config.unet_config.update(settings)
+    config.manual_cast_dtype = None
+    base = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device="cpu")
+    for parameter in base.diffusion_model.parameters():
+        parameter.data.normal_(std=0.02)
+    return comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def conditioning(width: int) -> list:
+    tokenizer = SD1Tokenizer()
+
+    def tokenize(text: str) -> dict[str, tuple[int, ...]]:
+        return flat_tokens(tokenizer.tokenize_with_weights(text))
+
+    prompt = TokenisedPrompt(PROMPT, tokenize(PROMPT), tokenize)
+    return [[torch.randn(1, len(prompt.streams["l"]), width), {CONDITIONING_KEY: prompt}]]
+
+
+def prepare(backbone: str, size: str, kind: str) -> tuple[Callable[[], float], int]:
+    """A function that makes one pass and returns its seconds, and the bytes of the model's weights."""
+    if backbone != "unet":
+        raise SystemExit(f"cost of {backbone} is not measured yet")
+    if size == "small world":
+        model, latent, width = load_unet_world()[0], (1, None, 16, 16), 64
+    else:
+        side = 32 if "256" in size else 64
+        model, latent, width = random_unet(SD21), (1, 4, side, side), 1024
+    weights = sum(value.numel() * value.element_size() for value in model.model.state_dict().values())
+    return one_pass(model, latent, width, kind), weights
+
+
+def one_pass(model, shape: tuple, width: int, kind: str) -> Callable[[], float]:
+    """Returns the seconds of one evaluation with the positive conditioning alone; or of the gradient evaluation before it."""
+    shape = tuple(model.get_model_object("latent_format").latent_channels if n is None else n for n in shape)
+    positive = conditioning(width)
+    graph = build_graph(PROMPT)
+    latent = torch.zeros(shape)
+    noise = torch.randn(shape)
+    runs, seconds = None, [0.0]
+    if kind == "capture":
+        model, _ = apply_capture(model, Capture(graph.phrases))
+    if kind.startswith("gradient"):
+        settings = SteeringSettings(start=0.0, end=1.0, max_updates=1, stop_probability=1.1,
+                                    recompute=kind.endswith("recomputed"))
+        model, runs = apply_steering(model, Steering(graph, GeometricClassifier(), settings))
+
+    def evaluation(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
+        """A sampler of one step; steering adds its gradient evaluation before the evaluation of its own."""
+        began = time.perf_counter()
+        denoised = model_k(x, sigmas[0] * x.new_ones([x.shape[0]]), **extra_args)
+        seconds[0] = time.perf_counter() - began
+        callback({"x": x, "i": 0, "sigma": sigmas[0], "sigma_hat": sigmas[0], "denoised": denoised})
+        return denoised
+
+    sampler = comfy.samplers.KSAMPLER(evaluation)
+    sigmas = torch.tensor([10.0, 0.0])
+
+    def run() -> float:
+        comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, positive, positive, latent, disable_pbar=True, seed=0)
+        return seconds[0] if runs is None else runs.last.report.seconds
+
+    return run

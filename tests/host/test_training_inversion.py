@@ -1,0 +1,180 @@
+"""Inversion through the host's models: pictures come back, and the maps are those of each picture's own words."""
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from standalone import load_pack
+
+load_pack()
+
+import comfy.model_base  # noqa: E402  (the host must be on the path first)
+import comfy.model_patcher  # noqa: E402
+from comfy.sd1_clip import SD1Tokenizer  # noqa: E402
+from tiny import unet_patcher  # noqa: E402
+from tiny_flux import tiny_flux  # noqa: E402
+
+captions, dataset, inversion, small_world, storage, trainer = (
+    importlib.import_module(f"learn_to_steer.training.{name}")
+    for name in ("captions", "dataset", "inversion", "small_world", "storage", "trainer"))
+models = importlib.import_module("learn_to_steer.toyworld.models")
+checkpoint = importlib.import_module("learn_to_steer.classifiers.checkpoint")
+
+CAPTIONS = [captions.Caption("dog", "above", "cat"), captions.Caption("teddy bear", "to the left of", "apple")]
+
+
+class TinyClip:
+    """The host's tokenizer, with random embeddings."""
+
+    def __init__(self) -> None:
+        self.tokenizer = SD1Tokenizer()
+        self.table = torch.randn(49408, 32, generator=torch.Generator().manual_seed(1))
+
+    def tokenize(self, text: str) -> dict:
+        return self.tokenizer.tokenize_with_weights(text)
+
+    def encode_from_tokens_scheduled(self, tokens: dict, add_dict: dict) -> list:
+        ids = [int(pair[0]) for chunk in tokens["l"] for pair in chunk]
+        return [[self.table[ids][None], {"pooled_output": self.table[ids[1]][None, :16], **add_dict}]]
+
+
+class TinyVae:
+    """Latents of the picture's own size: its colours and their mean."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        colours = images.movedim(-1, 1) * 2 - 1
+        return torch.cat([colours, colours.mean(1, keepdim=True)], 1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents[:, :3].movedim(1, -1) + 1) / 2
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 16, 16, 3, generator=torch.Generator().manual_seed(7))
+
+
+def tiny_unet(kind: str):
+    patcher = unet_patcher()
+    if kind == "v":
+        model = patcher.model
+        model.model_type = comfy.model_base.ModelType.V_PREDICTION
+        model.model_sampling = comfy.model_base.model_sampling(model.model_config, model.model_type)
+    return patcher
+
+
+def flux_patcher():
+    return comfy.model_patcher.ModelPatcher(tiny_flux(), torch.device("cpu"), torch.device("cpu"))
+
+
+def inverter(model, **changes):
+    backbone = "mmdit" if "Flux" in type(model.model.diffusion_model).__name__ else "unet"
+    settings = inversion.InversionSettings.for_backbone(backbone, **{"steps": 10, **changes})
+    return inversion.Inverter(model, TinyClip(), TinyVae(), settings)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_the_fixed_point_brings_pictures_back(kind: str) -> None:
+    model = tiny_unet(kind)
+    quality = {count: inverter(model, iterations=count).invert(pictures(), CAPTIONS, [0, 1]).psnr.min()
+               for count in (1, 2, 5)}
+    assert quality[1] < quality[2] < quality[5]
+    assert quality[5] > 28
+
+
+@pytest.mark.parametrize(("make", "channels"), [(lambda: tiny_unet("eps"), 14), (flux_patcher, 8)])
+def test_a_batch_gives_each_pictures_own_maps(make, channels: int) -> None:
+    tool = inverter(make())
+    together = tool.invert(pictures(), CAPTIONS, [3, 4])
+    assert together.maps.shape == (2, 6, 2, channels, 16, 16) and together.maps.dtype == torch.float16
+    for number in range(2):
+        alone = tool.invert(pictures()[number:number + 1], CAPTIONS[number:number + 1], [3 + number])
+        assert torch.allclose(alone.maps[0].float(), together.maps[number].float(), atol=2e-4)
+    assert not torch.allclose(together.maps[:, :, 0].float(), together.maps[:, :, 1].float(), atol=1e-4)
+
+
+def test_prescribed_flow_asks_the_model_only_for_maps() -> None:
+    tool = inverter(flux_patcher())
+    asked = []
+    tool.check = lambda: asked.append(1)
+    result = tool.invert(pictures(), CAPTIONS, [0, 1])
+    assert len(asked) == len(tool.settings.timesteps)
+    assert result.psnr.min() > 60
+
+
+def test_the_flows_own_field_is_used_below_one() -> None:
+    free = inverter(flux_patcher(), gamma=0.0, eta=0.0).invert(pictures(), CAPTIONS, [0, 1])
+    drawn = inverter(flux_patcher(), gamma=0.5, eta=0.9).invert(pictures(), CAPTIONS, [0, 1])
+    assert free.psnr.isfinite().all() and drawn.psnr.min() > 10
+    assert not torch.allclose(free.maps.float(), drawn.maps.float(), atol=1e-4)
+
+
+def test_rectified_flow_with_full_gamma_is_a_straight_line() -> None:
+    x, noise = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+
+    def never(*_):
+        raise AssertionError("the model's answer has no weight")
+
+    found = inversion.invert_rectified_flow(never, x, noise, [0.0, 0.25, 0.7], gamma=1.0)
+    assert torch.allclose(found, 0.3 * x + 0.7 * noise, atol=1e-6)
+
+
+def test_settings_follow_the_paper() -> None:
+    assert inversion.InversionSettings.for_backbone("unet").timesteps == (5, 10, 15, 20, 25, 49)
+    assert inversion.InversionSettings.for_backbone("mmdit", 4).timesteps == (1, 3)
+    assert inversion.InversionSettings.for_backbone("unet", 10).timesteps == (1, 2, 3, 4, 5, 9)
+    assert inversion.InversionSettings.for_backbone("mmdit").least_psnr == 20
+    with pytest.raises(storage.TrainingError, match="do not lie within"):
+        inversion.InversionSettings(steps=20)
+
+
+def test_interrupt_leaves_the_model_usable() -> None:
+    tool = inverter(tiny_unet("eps"))
+    before = tool.invert(pictures(), CAPTIONS, [0, 1])
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    tool.check = stop
+    with pytest.raises(KeyboardInterrupt):
+        tool.invert(pictures(), CAPTIONS, [0, 1])
+    tool.check = lambda: None
+    assert torch.equal(tool.invert(pictures(), CAPTIONS, [0, 1]).maps, before.maps)
+
+
+def test_from_small_world_pictures_to_a_classifier_file(tmp_path: Path) -> None:
+    world = models.load_unet_world()
+    tool = inversion.Inverter(*world, inversion.InversionSettings.for_backbone("unet", 10, iterations=2))
+    source = small_world.DrawnScenes({"train": 2, "validation": 1, "test": 1})
+    manifest = dataset.build_dataset(tmp_path / "data", source, tool, batch=8)
+    assert manifest["splits"]["train"]["samples"] == 16 and manifest["splits"]["train"]["wrong_caption"] == 8
+    assert manifest["splits"]["train"]["psnr_mean"] > 25
+    assert manifest["channels"] == 22 and manifest["maps"]["backbone"] == "unet"
+    settings = trainer.TrainingSettings(epochs=2, batch=16, without_nouns=("dog",))
+    run = trainer.TrainingRun(tmp_path / "run", [dataset.RelationDataset(tmp_path / "data")], settings, 32)
+    trained = run.run()
+    loaded = checkpoint.load_classifier(tmp_path / "run" / trainer.CLASSIFIER_FILE)
+    assert loaded.layout == trained.layout and loaded.layout.channels == 22
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "loss.png", "accuracy.png", "confusion.png", "per_step.png", "training.json"}
+    used = {sample.picture for sample in (run.data["train"].samples[item.row] for item in run.chosen["train"])}
+    with_dog = {sample.picture for sample in run.data["train"].samples if "dog" in (sample.subject, sample.object)}
+    assert not used & with_dog
+
+
+def test_a_dataset_of_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    source = small_world.DrawnScenes({"train": 1})
+    with pytest.raises(KeyboardInterrupt):
+        dataset.build_dataset(tmp_path, source, stopped(inverter(tiny_unet("eps"))))
+    with pytest.raises(storage.TrainingError, match="other settings .maps"):
+        dataset.build_dataset(tmp_path, source, inverter(tiny_unet("eps"), iterations=3))
+
+
+def stopped(tool):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    tool.check = stop
+    return tool

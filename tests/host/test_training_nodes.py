@@ -1,0 +1,91 @@
+"""The three training nodes, called as the host calls them: under inference mode."""
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from standalone import load_pack
+
+load_pack()
+
+import comfy.model_management  # noqa: E402  (the host must be on the path first)
+import folder_paths  # noqa: E402
+
+nodes = importlib.import_module("learn_to_steer.nodes.training")
+classifiers = importlib.import_module("learn_to_steer.nodes.classifiers")
+geometric = importlib.import_module("learn_to_steer.classifiers.geometric")
+models = importlib.import_module("learn_to_steer.toyworld.models")
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple:
+    with torch.inference_mode():
+        return models.load_unet_world()
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The host's output, input and classifier folders, elsewhere."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, classifiers.FOLDER,
+                        ([str(tmp_path / "classifiers")], {".safetensors"}))
+    return tmp_path
+
+
+def build(world: tuple, **changes):
+    settings = {"name": "tiny", "source": nodes.SOURCES[0], "train_per_relation": 1, "validation_per_relation": 1,
+                "test_per_relation": 1, "steps": 4, "iterations": 1, "batch": 4, "seed": 0, "pictures": "", "table": "",
+                "is_a_list": "", "size": 64, "licence": ""}
+    with torch.inference_mode():
+        return nodes.RelationDatasetBuilder.execute(*world, **{**settings, **changes})
+
+
+def train(dataset, **changes):
+    settings = {"name": "learned", "learning_rate": 1e-3, "epochs": 2, "batch": 8, "seed": 0, "wrong_captions": True,
+                "without_objects": "", "width": 32}
+    with torch.inference_mode():
+        return nodes.TrainRelationClassifier.execute(dataset, **{**settings, **changes})
+
+
+def test_dataset_training_and_file(world: tuple, folders: Path) -> None:
+    dataset, summary = build(world).args
+    assert "train: 8 samples of 4 pictures" in summary
+    classifier, loss, confusion, text = train(dataset).args
+    assert loss.ndim == confusion.ndim == 4 and "true caption" in text
+    with torch.inference_mode():
+        path, = nodes.SaveRelationClassifier.execute(classifier, "mine", False).args
+        assert Path(path) == folders / "classifiers" / "mine.safetensors"
+        with pytest.raises(ValueError, match="is there already"):
+            nodes.SaveRelationClassifier.execute(classifier, "mine", False)
+        loaded, = classifiers.RelationClassifierLoader.execute("mine.safetensors").args
+    assert loaded.relations == classifier.relations
+    maps = torch.rand(1, 22, 16, 16, requires_grad=True)
+    loaded.logits(maps, torch.rand(1, 22, 16, 16), torch.tensor([0.1])).sum().backward()
+    assert maps.grad.abs().sum() > 0
+
+
+def test_queued_again_it_goes_on(world: tuple, folders: Path) -> None:
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        build(world)
+    assert not (folders / "output" / "relation_datasets" / "tiny" / "manifest.json").exists()
+    assert build(world).args[0].channels == 22
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"name": "../elsewhere"}, "input 'name'.*no plain name"),
+    ({"source": nodes.SOURCES[2]}, "input 'pictures'.*needs a path"),
+    ({"source": nodes.SOURCES[3], "pictures": "nowhere"}, "input 'pictures': there is no"),
+])
+def test_wrong_inputs_are_named(world: tuple, folders: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(world, **changes)
+
+
+def test_a_classifier_without_weights_cannot_be_saved(folders: Path) -> None:
+    with pytest.raises(ValueError, match="no weights to save"):
+        nodes.SaveRelationClassifier.execute(geometric.GeometricClassifier(), "mine", False)

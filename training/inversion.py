@@ -1,0 +1,229 @@
+"""From a picture and a caption to attention maps: invert the picture to noise, denoise it back, record on the way.
+
+UNets: fixed-point DDIM inversion. Flow models: rectified-flow inversion (paper: "Training data"). Both run as a SAMPLER
+of the host under its own CFGGuider with guidance 1, so loading, conditioning, hooks and LoRAs are the host's.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..classifiers.steps import PAPER_TIMESTEPS
+from ..steering.attention import AttentionMaps, LayerMaps, MapRecorder, WordColumns
+from ..steering.backbones import find_backbone
+from ..steering.tokens import CONDITIONING_KEY, encode_prompt
+from .captions import Caption, Inverted
+from .storage import TrainingError
+
+WORDS = ("subject", "object")
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    """How pictures are inverted and what is recorded.
+
+    steps, scheduler: the host's schedule; timesteps: step indices at which maps are recorded; iterations: of the fixed
+    point, per step; gamma, eta: how far the rectified-flow inversion is drawn to the noise, and its way back to the
+    picture (0 to 1); guidance: of guidance-distilled FLUX; least_psnr: dB, below it a sample is dropped; size,
+    normalise: as in `MapLayout`.
+    """
+
+    steps: int = 50
+    scheduler: str = "ddim_uniform"
+    timesteps: tuple[int, ...] = PAPER_TIMESTEPS[50]
+    iterations: int = 5
+    gamma: float = 1.0
+    eta: float = 1.0
+    guidance: float = 0.0
+    least_psnr: float = 19.5
+    size: int = 16
+    normalise: str = "resized"
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or not 0 <= min(self.timesteps) <= max(self.timesteps) < self.steps:
+            raise TrainingError(f"Recorded steps {list(self.timesteps)} do not lie within {self.steps} steps (0 to "
+                                f"{self.steps - 1}). Give others.")
+        if self.iterations < 1 or not (0 <= self.gamma <= 1 and 0 <= self.eta <= 1):
+            raise TrainingError("iterations must be 1 or more, gamma and eta from 0 to 1.")
+
+    @staticmethod
+    def for_backbone(backbone: str, steps: int = 50, **changes) -> InversionSettings:
+        """The paper's settings for "unet" or "mmdit"; at another number of steps the same places of the schedule."""
+        timesteps = PAPER_TIMESTEPS.get(steps) or tuple(sorted({
+            min(steps - 1, round(step * steps / 50)) for step in PAPER_TIMESTEPS[50]}))
+        family = {"scheduler": "simple", "least_psnr": 20.0} if backbone == "mmdit" else {}
+        return InversionSettings(**{"steps": steps, "timesteps": timesteps, **family, **changes})
+
+
+class Inverter:
+    """Turns pictures and captions into maps, through a MODEL, CLIP and VAE of the host.
+
+    check: called between evaluations of the model; raises where the user interrupts.
+    """
+
+    def __init__(self, model, clip, vae, settings: InversionSettings, check: Callable[[], None] = lambda: None) -> None:
+        self.model, self.clip, self.vae, self.settings, self.check = model, clip, vae, settings, check
+        self.backbone = find_backbone(model.model.diffusion_model)
+
+    @property
+    def least_psnr(self) -> float:
+        return self.settings.least_psnr
+
+    def describe(self) -> dict:
+        """Everything that decides the maps, as JSON values."""
+        settings = asdict(self.settings)
+        return {"backbone": self.backbone.name, "model": fingerprint(self.model),
+                **settings, "timesteps": list(settings["timesteps"])}
+
+    def invert(self, images: Tensor, captions: Sequence[Caption], seeds: Sequence[int]) -> Inverted:
+        """images: [B, H, W, 3] from 0 to 1; one caption and one seed (of the rectified flow's noise) per picture.
+
+        Raises TokenError where a caption's words are not found in what the text encoder reads.
+        """
+        with torch.inference_mode():
+            latents = self.vae.encode(images)
+            noise = torch.cat([torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(seed))
+                               for seed in seeds])
+            conditioning, weights = self._encode(captions)
+            sampler = InversionSampler(self.settings, self.backbone, weights, self.check)
+            sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"),
+                                                     self.settings.scheduler, self.settings.steps)
+            if len(sigmas) != self.settings.steps + 1:
+                raise TrainingError(f"The scheduler {self.settings.scheduler!r} gives {len(sigmas) - 1} steps instead "
+                                    f"of {self.settings.steps}. Choose another number of steps or scheduler.")
+            guider = comfy.samplers.CFGGuider(self.model)
+            guider.inner_set_conds({"positive": conditioning})
+            restored = guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=seeds[0])
+            pictures = self.vae.decode(restored)
+            return Inverted(torch.stack(sampler.maps, 1).half().clone(), psnr(pictures, images).clone())
+
+    def _encode(self, captions: Sequence[Caption]) -> tuple[list, Tensor]:
+        """One conditioning for the whole batch, and each word's share of the text tokens: [B, 2, tokens]."""
+        encoded, weights = [], []
+        for caption in captions:
+            tokens, details = encode_prompt(self.clip, caption.text)[0]
+            columns = details[CONDITIONING_KEY].columns((caption.subject, caption.object), self.backbone.streams,
+                                                        tokens.shape[1])
+            encoded.append((tokens, details))
+            weights.append(columns.weights)
+        if len({tokens.shape for tokens, _ in encoded}) > 1:
+            raise TrainingError("The captions of one batch have different lengths in tokens. Use a batch of 1.")
+        details = {key: torch.cat([other[key] for _, other in encoded]) if isinstance(value, Tensor) else value
+                   for key, value in encoded[0][1].items() if key != CONDITIONING_KEY}
+        if self.backbone.name == "mmdit":
+            details["guidance"] = self.settings.guidance
+        return [[torch.cat([tokens for tokens, _ in encoded]), details]], torch.stack(weights)
+
+
+class InversionSampler(comfy.samplers.Sampler):
+    """A SAMPLER of the host that takes the latent image to noise and back, and keeps the maps of the way back.
+
+    weights: [B, 2, tokens], see `Inverter`; maps: per recorded step [B, 2, channels, size, size].
+    """
+
+    def __init__(self, settings: InversionSettings, backbone, weights: Tensor, check: Callable[[], None]) -> None:
+        self.settings, self.backbone, self.weights, self.check = settings, backbone, weights, check
+        self.maps: list[Tensor] = []
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False) -> Tensor:
+        """The host's signature; returns the reconstructed latent."""
+        base, settings = model_wrap.inner_model, self.settings
+        columns = self.weights.sum((0, 1)).nonzero().flatten().tolist()
+        recorder = self._recorder(model_wrap.conds["positive"], columns)
+        options = extra_args["model_options"]
+        options = {**options, "transformer_options": self.backbone.instrument(
+            base.diffusion_model, options.get("transformer_options", {}), recorder, recompute_blocks=False)}
+
+        def denoise(x: Tensor, sigma: float, record: bool = False) -> Tensor:
+            self.check()
+            recorder.active = record
+            try:
+                return model_wrap(x, x.new_full((len(x),), sigma), model_options=options, seed=extra_args.get("seed"))
+            finally:
+                recorder.active = False
+
+        levels = [float(sigma) for sigma in sigmas]
+        is_flow = isinstance(base.model_sampling, comfy.model_sampling.CONST)
+        if is_flow:
+            x = invert_rectified_flow(denoise, latent_image, noise, levels[::-1], settings.gamma)
+        else:
+            x = invert_fixed_point(denoise, latent_image, levels[::-1], settings.iterations)
+        eta = settings.eta if is_flow else 0.0
+        for step, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+            record = step in settings.timesteps
+            # Where the way back is prescribed, the model is asked only for its maps.
+            denoised = denoise(x, sigma, record) if record or eta < 1 else latent_image
+            if record:
+                self.maps.append(self._stack(recorder.take(), columns))
+            denoised = torch.lerp(denoised, latent_image, eta)
+            x = x + (x - denoised) / sigma * (following - sigma)
+        return x
+
+    def _recorder(self, positive: Sequence[dict], columns: Sequence[int]) -> MapRecorder:
+        """Records each token that is part of any word in the batch: the words of a batch lie in different places."""
+        one_hot = torch.eye(self.weights.shape[2])[columns]
+        tokens = WordColumns(tuple(map(str, columns)), one_hot)
+        return MapRecorder({conditioning["uuid"]: tokens for conditioning in positive}, active=False)
+
+    def _stack(self, tokens: AttentionMaps, columns: Sequence[int]) -> Tensor:
+        """The two words' maps out of the tokens': [B, 2, channels, size, size]."""
+        if not tokens.layers:
+            raise TrainingError("No cross-attention was recorded. Another pack replaced the model's blocks: take it "
+                                "out of the model's line.")
+        weights = self.weights[:, :, columns]
+        layers = [LayerMaps(layer.name, layer.order, torch.einsum("bhtij,bwt->bhwij", layer.maps,
+                                                                  weights.to(layer.maps))) for layer in tokens.layers]
+        words = AttentionMaps(WORDS, tuple(layers))
+        return words.stack(self.settings.size, self.settings.normalise).float().cpu()
+
+
+def invert_fixed_point(denoise: Denoise, x: Tensor, sigmas: Sequence[float], iterations: int) -> Tensor:
+    """DDIM inversion: the latent at sigmas[-1] from which DDIM's (Euler's) steps lead to `x` at sigmas[0].
+
+    x: in the host's convention, x0 + sigma·noise; sigmas ascending, the first 0. The noise of a step is taken at the
+    latent that is looked for, found by `iterations` of a fixed point that begins with the same model input.
+    """
+    for low, high in zip(sigmas[:-1], sigmas[1:], strict=True):
+        found = x * ((high**2 + 1) / (low**2 + 1)) ** 0.5
+        for _ in range(iterations):
+            found = x + (found - denoise(found, high)) / high * (high - low)
+        x = found
+    return x
+
+
+def invert_rectified_flow(denoise: Denoise, x: Tensor, noise: Tensor, sigmas: Sequence[float], gamma: float) -> Tensor:
+    """Rectified-flow inversion: along the model's own field, drawn to `noise` by `gamma` (1: a straight line to it).
+
+    x = (1 - sigma)·x0 + sigma·noise, sigmas ascending, the first 0.
+    """
+    for low, high in zip(sigmas[:-1], sigmas[1:], strict=True):
+        velocity = (noise - x) / (1 - low)
+        if gamma < 1:  # otherwise the model's answer has no weight
+            level = low or high
+            velocity = torch.lerp((x - denoise(x, level)) / level, velocity, gamma)
+        x = x + velocity * (high - low)
+    return x
+
+
+def psnr(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, [B]; pictures: [B, H, W, 3] from 0 to 1."""
+    error = (pictures.cpu().float() - originals.cpu().float()).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def fingerprint(model) -> str:
+    """A cheap mark of a MODEL's weights and patches, to notice that a run goes on with another model."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
+        patched = f"diffusion_model.{name}" in model.patches  # may or may not be in the weights at the moment
+        values = [] if patched else weight.flatten()[:16].float().tolist()
+        digest.update(repr((name, tuple(weight.shape), values, patched)).encode())
+    return digest.hexdigest()[:16]

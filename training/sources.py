@@ -1,0 +1,243 @@
+"""Labelled pictures: what a source is, its splits, and folders of pictures with a table."""
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..steering.predicates import RELATIONS, RelationError, parse_predicate
+from .storage import TrainingError, read_json
+
+SPLITS = ("train", "validation", "test")
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that may become two samples.
+
+    picture: its name, which alone decides the split; number: the source's own number of the candidate.
+    """
+
+    picture: str
+    split: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled picture. image: [size, size, 3] from 0 to 1; `relation`, one of four, holds of subject and object."""
+
+    picture: str
+    image: Tensor
+    subject: str
+    relation: str
+    object: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A candidate, or one caption of it, that is left out, and why (a short phrase to count by)."""
+
+    picture: str
+    reason: str
+
+
+class Source(Protocol):
+    """Where pictures come from. licence: the pictures' terms in words, for the manifest."""
+
+    licence: str
+
+    def describe(self) -> dict:
+        """Everything that decides what comes out, as JSON values; a resumed run must have the same."""
+
+    def candidates(self) -> list[Candidate]:
+        """All candidates; the same list whenever it is asked for."""
+
+    def open(self, candidates: Sequence[Candidate]) -> list[Example | Drop]:
+        """One result per candidate, decided by the candidate alone."""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many examples of each relation a split takes at most (None: all), and how pictures are shared out.
+
+    shares: fractions of the pictures for training, validation and test. The paper's numbers per relation are 800, 200,
+    100 for Stable Diffusion and 2000, 400, 200 for FLUX from GQA.
+    """
+
+    per_relation: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
+    shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 0
+
+    def split_of(self, picture: str) -> str:
+        """The same split for a picture always, whatever else is in the set."""
+        digest = hashlib.sha256(f"{self.seed}:{picture}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64 * sum(self.shares)
+        if place < self.shares[0]:
+            return SPLITS[0]
+        return SPLITS[1] if place < self.shares[0] + self.shares[1] else SPLITS[2]
+
+    def choose(self, labels: Sequence[Label]) -> list[Candidate]:
+        """Candidates out of the labels, in an order and choice fixed by the seed; number: index of the label."""
+        order = list(range(len(labels)))
+        random.Random(f"{self.seed}:order").shuffle(order)
+        taken = dict.fromkeys(((split, relation) for split in SPLITS for relation in RELATIONS), 0)
+        chosen = []
+        for number in order:
+            label = labels[number]
+            split = label.split or self.split_of(label.picture)
+            limit = self.per_relation.get(split)
+            if limit is None or taken[split, label.relation] < limit:
+                taken[split, label.relation] += 1
+                chosen.append(Candidate(label.picture, split, number))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Label:
+    """A row of a table: a picture and what it shows. boxes: of subject and object in pixels, where known."""
+
+    picture: str
+    subject: str
+    relation: str
+    object: str
+    split: str | None = None
+    boxes: tuple[Box, Box] | None = None
+
+
+class LabelledPictures:
+    """Picture files with labels.
+
+    paths: file by picture name; size: side in pixels of the squares that come out.
+    """
+
+    def __init__(self, labels: Sequence[Label], paths: Mapping[str, Path], size: int, quota: Quota, kind: str,
+                 licence: str) -> None:
+        self.labels, self.paths, self.size, self.quota, self.kind = labels, paths, size, quota, kind
+        self.licence = licence
+        _check_splits(labels)
+
+    def describe(self) -> dict:
+        digest = hashlib.sha256(repr(list(self.labels)).encode()).hexdigest()
+        return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest, "size": self.size,
+                "per_relation": dict(self.quota.per_relation), "shares": list(self.quota.shares),
+                "seed": self.quota.seed}
+
+    def candidates(self) -> list[Candidate]:
+        return self.quota.choose(self.labels)
+
+    def open(self, candidates: Sequence[Candidate]) -> list[Example | Drop]:
+        return [self._open(self.labels[candidate.number]) for candidate in candidates]
+
+    def _open(self, label: Label) -> Example | Drop:
+        path = self.paths.get(label.picture)
+        if path is None:
+            return Drop(label.picture, "picture file is missing")
+        if overlapping(label.subject, label.object):
+            return Drop(label.picture, "subject and object share their words")
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return Drop(label.picture, "picture file cannot be read")
+        square = square_around(image.size, label.boxes)
+        if square is None:
+            return Drop(label.picture, "objects do not fit into a square")
+        pixels = np.asarray(image.crop(square).resize((self.size, self.size), Image.LANCZOS), dtype=np.float32) / 255
+        return Example(label.picture, torch.from_numpy(pixels), label.subject, label.relation, label.object)
+
+
+def overlapping(subject: str, object: str) -> bool:
+    """Whether one name's words are among the other's ("bear", "teddy bear"): their tokens cannot be told apart."""
+    a, b = f" {subject.lower()} ", f" {object.lower()} "
+    return a in b or b in a
+
+
+def square_around(size: tuple[int, int], boxes: tuple[Box, Box] | None) -> tuple[int, int, int, int] | None:
+    """The square (left, top, right, bottom) of a picture (width, height), as near its middle as holds both boxes.
+
+    None where both do not fit. Without boxes the middle square.
+    """
+    side = min(size)
+    corner = [(length - side) // 2 for length in size]
+    if boxes is not None:
+        for axis in (0, 1):
+            low = min(max(0.0, box[axis]) for box in boxes)
+            high = max(min(size[axis], box[axis + 2]) for box in boxes)
+            if high - low > side:
+                return None
+            corner[axis] = int(min(max(corner[axis], np.ceil(high - side)), np.floor(low)))
+    return corner[0], corner[1], corner[0] + side, corner[1] + side
+
+
+def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str) -> LabelledPictures:
+    """A folder of pictures and a CSV or JSON table with the columns file, subject, relation, object and maybe split.
+
+    file: relative to the folder. Raises TrainingError naming the row at fault.
+    """
+    rows = _read_table(table)
+    labels, paths = [], {}
+    for number, row in enumerate(rows, 2 if table.suffix.lower() == ".csv" else 1):
+        place = f"{table.name}, row {number}"
+        if not isinstance(row, Mapping):
+            raise TrainingError(f"{place}: must be an object with file, subject, relation, object.")
+        missing = [name for name in ("file", "subject", "relation", "object") if not str(row.get(name) or "").strip()]
+        if missing:
+            raise TrainingError(f"{place}: {', '.join(missing)} is missing. Each row needs file, subject, relation and "
+                                "object.")
+        split = str(row.get("split") or "").strip() or None
+        if split is not None and split not in SPLITS:
+            raise TrainingError(f"{place}: split is {split!r}, but must be one of {', '.join(SPLITS)}, or empty.")
+        file = str(row["file"]).strip()
+        path = (folder / file).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise TrainingError(f"{place}: {file!r} lies outside the folder {folder}.")
+        if path.is_file():
+            paths[file] = path
+        labels.append(Label(file, str(row["subject"]).strip(), _one_relation(str(row["relation"]), place),
+                            str(row["object"]).strip(), split))
+    if not labels:
+        raise TrainingError(f"{table} has no rows.")
+    return LabelledPictures(labels, paths, size, quota, "folder", licence)
+
+
+def _read_table(table: Path) -> list:
+    if table.suffix.lower() == ".json":
+        rows = read_json(table)
+        if not isinstance(rows, list):
+            raise TrainingError(f"{table}: must hold a list of objects with file, subject, relation, object.")
+        return rows
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise TrainingError(f"There is no table {table}.") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TrainingError(f"{table} cannot be read as CSV ({error}).") from error
+
+
+def _one_relation(words: str, place: str) -> str:
+    try:
+        names = parse_predicate(words)
+    except RelationError as error:
+        raise TrainingError(f"{place}: {error}") from error
+    if len(names) != 1:
+        raise TrainingError(f"{place}: {words!r} is a diagonal; a classifier is trained on {', '.join(RELATIONS)}.")
+    return names[0]
+
+
+def _check_splits(labels: Sequence[Label]) -> None:
+    known: dict[str, str | None] = {}
+    for label in labels:
+        if known.setdefault(label.picture, label.split) != label.split:
+            raise TrainingError(f"Picture {label.picture!r} is given to two splits. Give all its rows the same one.")

@@ -1,0 +1,269 @@
+"""Training the relation network on a dataset of maps: the paper's optimiser, schedule and early stopping, resumable.
+
+The state is saved after each epoch, and everything random in an epoch comes from the seed and the epoch's number: a run
+that was killed anywhere and goes on (same machine, same number of threads) ends with the same bits.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..classifiers.base import MapLayout
+from ..classifiers.checkpoint import save_classifier
+from ..classifiers.learned import LearnedClassifier
+from ..classifiers.network import RelationNetwork, paper_config
+from ..classifiers.steps import StepMapping
+from ..steering.predicates import RELATIONS
+from .dataset import RelationDataset, Sample
+from .evaluation import Evaluation, Item, evaluate, save_charts
+from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
+
+CLASSIFIER_FILE = "classifier.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a classifier is trained; the defaults are the paper's for Stable Diffusion.
+
+    patience, factor, least_rate: of ReduceLROnPlateau; stop_after: epochs without a better validation loss;
+    wrong_captions: off shows what leaks when only true captions are learned from; without_nouns: objects held out.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    epochs: int = 150
+    batch: int = 64
+    patience: int = 5
+    factor: float = 0.5
+    least_rate: float = 1e-6
+    stop_after: int = 10
+    seed: int = 0
+    wrong_captions: bool = True
+    without_nouns: tuple[str, ...] = ()
+
+    @staticmethod
+    def for_backbone(backbone: str, **changes) -> TrainingSettings:
+        family = {"learning_rate": 5e-5, "epochs": 200} if backbone == "mmdit" else {}
+        return TrainingSettings(**{**family, **changes})
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """rate: learning rate of the epoch; losses are means of the cross-entropy."""
+
+    train_loss: float
+    validation_loss: float
+    validation_accuracy: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a run is; history: the epochs that are over."""
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    history: Sequence[EpochResult]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Maps and samples of one split, ready for batches. An item is a sample at one of its steps."""
+
+    samples: list[Sample]
+    maps: list[Tensor]
+    timesteps: tuple[int, ...]
+
+    def items(self) -> list[Item]:
+        return [Item(row, step) for row in range(len(self.samples)) for step in range(len(self.timesteps))]
+
+    def batch(self, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Subject maps, object maps [B, channels, size, size] fp32, step indices [B], relations [B]."""
+        maps = torch.stack([self.maps[item.row][item.step] for item in items]).to(device).float()
+        steps = torch.tensor([self.timesteps[item.step] for item in items], device=device)
+        truth = torch.tensor([RELATIONS.index(self.samples[item.row].relation) for item in items], device=device)
+        return maps[:, 0], maps[:, 1], steps, truth
+
+
+class TrainingRun:
+    """One run in a folder: plan.json, state.pt after each epoch; at the end classifier, charts and training.json."""
+
+    def __init__(self, folder: Path, datasets: Sequence[RelationDataset], settings: TrainingSettings,
+                 width: int | None = None, device: torch.device | str = "cpu", name: str = "") -> None:
+        """width: of the network (d_model), the paper's where None; name: of the classifier.
+
+        Raises TrainingError where the datasets do not fit together or the folder holds another run.
+        """
+        self.folder, self.settings, self.device = folder, settings, torch.device(device)
+        self.layout, self.steps, self.licence = _common(datasets)
+        changes = {"d_model": width} if width else {}
+        self.config = paper_config(self.layout.backbone, num_timesteps=self.steps.num_timesteps,
+                                   map_size=self.layout.size, **changes)
+        self.name = name or folder.name
+        self.data = {split: _read(datasets, split, self.steps.timesteps) for split in ("train", "validation", "test")}
+        self.chosen = {split: self._choose(self.data[split]) for split in ("train", "validation")}
+        for split, items in self.chosen.items():
+            if not items:
+                raise TrainingError(f"The dataset has no samples to use in its {split} split. Build it with pictures "
+                                    "for training and validation, or hold out fewer objects.")
+        self.plan = json.loads(json.dumps({
+            "datasets": [hashlib.sha256(json.dumps(data.manifest, sort_keys=True).encode()).hexdigest()
+                         for data in datasets],
+            "settings": asdict(settings), "network": self.config.to_dict()}))
+        self.results: dict[str, Evaluation] = {}
+        with torch.inference_mode(False):  # the host runs nodes under inference mode
+            self._begin()
+
+    def _choose(self, data: Data) -> list[Item]:
+        def wanted(sample: Sample) -> bool:
+            held_out = {sample.subject, sample.object} & set(self.settings.without_nouns)
+            return not held_out and (self.settings.wrong_captions or not sample.is_wrong_caption)
+
+        return [item for item in data.items() if wanted(data.samples[item.row])]
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(self.folder)
+        plan = self.folder / "plan.json"
+        if plan.exists() and read_json(plan) != self.plan:
+            raise TrainingError(f"{self.folder} holds a training run with other data or settings. Choose another "
+                                "folder, or delete this one.")
+        write_json(plan, self.plan)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            self.network = RelationNetwork(self.config, self.layout.channels, len(RELATIONS)).to(self.device)
+        settings = self.settings
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate,
+                                           weight_decay=settings.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=settings.factor, patience=settings.patience, min_lr=settings.least_rate)
+        self.history: list[EpochResult] = []
+        self.best: dict[str, Tensor] = {}
+        if (self.folder / "state.pt").exists():
+            self._load()
+
+    @property
+    def best_epoch(self) -> int:
+        losses = [result.validation_loss for result in self.history]
+        return losses.index(min(losses))
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.history) >= self.settings.epochs or (
+            bool(self.history) and len(self.history) - 1 - self.best_epoch >= self.settings.stop_after)
+
+    def run(self, on_progress: Callable[[TrainingProgress], None] = lambda progress: None) -> LearnedClassifier:
+        """Trains to the end and writes what came out. on_progress: after each batch; what it raises stops the run, and
+        the same run goes on from its last epoch."""
+        with torch.inference_mode(False), torch.enable_grad():
+            while not self.is_over:
+                self._epoch(on_progress)
+                self._save()
+            self.network.load_state_dict(self.best)
+            return self._finish()
+
+    def _epoch(self, on_progress: Callable[[TrainingProgress], None]) -> None:
+        epoch, settings = len(self.history), self.settings
+        items = self.chosen["train"]
+        rate, losses = self.optimizer.param_groups[0]["lr"], []
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed * 1_000_003 + epoch + 1)
+            order = torch.randperm(len(items)).split(settings.batch)
+            self.network.train()
+            for number, rows in enumerate(order, 1):
+                subject, other, steps, truth = self.data["train"].batch([items[row] for row in rows], self.device)
+                loss = F.cross_entropy(self.network(subject, other, steps), truth)
+                if not loss.isfinite():
+                    raise TrainingError(f"The loss is not finite in epoch {epoch + 1}, batch {number}. Train with a "
+                                        "lower learning rate.")
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                losses.append(float(loss.detach()) * len(rows))
+                on_progress(TrainingProgress(epoch, settings.epochs, number, len(order), self.history))
+        validation = evaluate(self.network, self.data["validation"], self.chosen["validation"], self.device)
+        self.schedule.step(validation.loss)
+        self.history.append(EpochResult(sum(losses) / len(items), validation.loss, validation.accuracy, rate))
+        if self.best_epoch == epoch:
+            self.best = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+
+    def _save(self) -> None:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best,
+                 "schedule": self.schedule.state_dict(), "history": [asdict(result) for result in self.history]}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        replace_file(self.folder / "state.pt", buffer.getvalue())
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.best = state["best"]
+        self.history = [EpochResult(**result) for result in state["history"]]
+
+    def _finish(self) -> LearnedClassifier:
+        results = self.results = self._evaluate()
+        best = self.history[self.best_epoch]
+        summary = {"settings": asdict(self.settings), "epochs_trained": len(self.history),
+                   "best_epoch": self.best_epoch + 1, "validation_loss": round(best.validation_loss, 5),
+                   "samples": len({item.row for item in self.chosen["train"]}),
+                   "results": {name: result.summary() for name, result in results.items()}}
+        classifier = LearnedClassifier(self.network, RELATIONS, self.layout, self.steps, name=self.name,
+                                       training=json.loads(json.dumps(summary)), licence=self.licence)
+        save_charts(self.folder, self.history, self.best_epoch, results)
+        write_json(self.folder / "training.json", {
+            **self.plan, **summary, "history": [asdict(result) for result in self.history],
+            "results": {name: result.to_dict() for name, result in results.items()}})
+        save_classifier(self.folder / CLASSIFIER_FILE, classifier)
+        return classifier
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        """Of the best network on the test split (the validation split where there is none), all captions; held-out
+        objects apart."""
+        split = "test" if self.data["test"].samples else "validation"
+        data, held_out = self.data[split], set(self.settings.without_nouns)
+        groups: dict[str, list[Item]] = {split: [], f"{split}, held-out objects": []}
+        for item in data.items():
+            sample = data.samples[item.row]
+            unknown = bool({sample.subject, sample.object} & held_out)
+            groups[f"{split}, held-out objects" if unknown else split].append(item)
+        return {name: evaluate(self.network, data, items, self.device) for name, items in groups.items() if items}
+
+
+def _common(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping, str]:
+    """Layout, steps and licences of datasets that can be trained on together."""
+    def kind(dataset: RelationDataset) -> tuple:
+        maps = dataset.manifest["maps"]
+        return (dataset.channels, maps["size"], maps["normalise"], maps["backbone"], tuple(maps["timesteps"]),
+                maps["steps"])
+
+    filled = [dataset for dataset in datasets if dataset.channels]
+    if not filled:
+        raise TrainingError("The dataset has no samples: all its pictures were dropped. Its manifest.json says why.")
+    if len({kind(dataset) for dataset in filled}) > 1:
+        raise TrainingError("These datasets hold maps of different models, sizes or steps: "
+                            + ", ".join(str(dataset.folder) for dataset in filled) + ". Train on one kind.")
+    channels, size, normalise, backbone, timesteps, steps = kind(filled[0])
+    licences = dict.fromkeys(dataset.manifest["licence"] for dataset in filled)
+    return MapLayout(size, normalise, channels, backbone), StepMapping(timesteps, steps), "; ".join(licences)
+
+
+def _read(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:
+    samples: list[Sample] = []
+    maps: list[Tensor] = []
+    for dataset in datasets:
+        more_samples, more_maps = dataset.read(split)
+        samples += more_samples
+        maps += more_maps
+    return Data(samples, maps, timesteps)
