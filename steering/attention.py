@@ -32,7 +32,7 @@ class WordMaps(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         q, k, weights = ctx.saved_tensors
         gradient = gradient.transpose(2, 3)  # [B, heads, rows, words]
-        dq, dk, start = [], torch.zeros_like(k, dtype=torch.float32), 0
+        dq, dk, start = [], torch.zeros_like(k, dtype=torch.promote_types(k.dtype, torch.float32)), 0
         for rows in _pieces(q, k):
             p = _probabilities(rows, k, ctx.scale)
             dp = gradient[:, :, start:start + rows.shape[2]].to(p.dtype) @ weights

@@ -265,6 +265,8 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
         sessions = []
 
         def sampler_function(model_k, x, sigmas, extra_args=None, callback=None, **more):
+            if getattr(model_k, "rehearsal", False):
+                return sampler.sampler_function(model_k, x, sigmas, extra_args=extra_args, callback=callback, **more)
             session = open_session(executor.class_obj, sigmas)
             sessions.append(session)
             return session.run(sampler.sampler_function, model_k, x, sigmas, extra_args, callback, more)

@@ -18,6 +18,8 @@ class SteeringError(ValueError):
 class SampledModel:
     """The model as a sampler function sees it, with `around(model, x, sigma, arguments)` for each evaluation."""
 
+    rehearsal = False
+
     def __init__(self, wrapped: Callable, around: Callable):
         self.wrapped, self._around = wrapped, around
 
@@ -26,6 +28,12 @@ class SampledModel:
 
     def __getattr__(self, name: str):
         return getattr(self.wrapped, name)
+
+
+class RehearsedModel(SampledModel):
+    """Stands for the model while a sampler function is only watched; sessions let it pass."""
+
+    rehearsal = True
 
 
 def unwrapped(model: Callable) -> Callable:
@@ -102,7 +110,7 @@ def first_evaluations(function: Callable, model: Callable, x: Tensor, sigmas: Te
 
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            result = function(SampledModel(model, around), x.new_ones([1] * x.ndim), sigmas, extra_args=dict(extra_args),
+            result = function(RehearsedModel(model, around), x.new_ones([1] * x.ndim), sigmas, extra_args=dict(extra_args),
                               callback=callback, **{**options, "disable": True})
         return levels, begins, result
 

@@ -4,6 +4,7 @@ The positions travel inside the conditioning, so that what is steered is what wa
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,10 @@ class TokenisedPrompt:
         words, wanted = words.strip(), int(number) if number.strip().isdigit() else 1
         special = set(self.tokenize("")[stream])
         tokens = self.streams[stream]
-        for variant in dict.fromkeys((words, words.lower(), words.capitalize())):
+        for variant in dict.fromkeys((words, words.lower(), words.capitalize(), words.title())):
             ids = tuple(token for token in self.tokenize(variant)[stream] if token not in special)
             starts = [start for start in range(len(tokens)) if ids and tokens[start:start + len(ids)] == ids]
+            starts = self._whole_words(variant, starts)
             if len(starts) >= wanted:
                 start = starts[wanted - 1]
                 return tuple(range(start, start + len(ids)))
@@ -49,6 +51,14 @@ class TokenisedPrompt:
         raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. Write the "
                          "object in the prompt exactly as in the relation (the same words in the same order), or "
                          "change the relation.")
+
+    def _whole_words(self, words: str, starts: list[int]) -> list[int]:
+        """Drops matches that are the beginning of a longer word ("dog" in "dogfish", where tokens are word pieces)."""
+        begun = list(re.finditer(rf"(?<!\w){re.escape(words)}", self.text))
+        if len(begun) != len(starts):  # the longer word has tokens of its own, or the case differs
+            return starts
+        return [start for start, match in zip(starts, begun, strict=True)
+                if not re.match(r"\w", self.text[match.end():match.end() + 1])]
 
     def columns(self, phrases: Sequence[str], streams: Sequence[str], tokens: int) -> WordColumns:
         """Columns of the phrases among `tokens` text tokens; the first of `streams` that exists counts.

@@ -11,6 +11,7 @@ from conftest import Scene, pack
 from learn_to_steer.benchmarks.passes import SD21
 from learn_to_steer.steering.attention import AttentionMaps, LayerMaps, MapRecorder, WordColumns, word_maps
 from learn_to_steer.steering.backbones import UnsupportedModel, find_backbone
+from learn_to_steer.steering.gradient import differentiable_attention
 from learn_to_steer.steering.sampling import Capture, apply_capture
 from learn_to_steer.steering.tokens import TokenError, TokenisedPrompt, flat_tokens
 
@@ -87,7 +88,8 @@ def test_number_and_order_of_channels_at_real_width(settings, config, channels, 
         backbone = find_backbone(network)
         columns = WordColumns(("dog",), torch.zeros(1, 77))
         recorder = MapRecorder({"id": columns})
-        options = backbone.instrument(network, {"uuids": ["id"], "cond_or_uncond": [0]}, recorder, False)
+        options = backbone.instrument(network, {
+            "uuids": ["id"], "cond_or_uncond": [0], "optimized_attention_override": differentiable_attention}, recorder, False)
         with torch.no_grad():
             network(torch.zeros(1, 4, 64, 64), torch.zeros(1), context=torch.zeros(1, 77, settings["context_dim"]),
                     transformer_options=options)
@@ -151,6 +153,18 @@ def test_words_among_clip_tokens():
     for phrase in ("cat", "dog#3", "bear teddy"):
         with pytest.raises(TokenError, match="input 'positive': the prompt .* does not contain"):
             prompt.find(phrase, "l")
+
+
+def test_words_among_t5_tokens_end_where_a_word_ends():
+    from comfy.text_encoders.flux import FluxTokenizer
+    tokenizer, text = FluxTokenizer(), "a dogfish above a dog, left of a Teddy Bear"
+
+    def tokenize(words: str):
+        return flat_tokens(tokenizer.tokenize_with_weights(words))
+    prompt = TokenisedPrompt(text, tokenize(text), tokenize)
+    (place,) = prompt.find("dog", "t5xxl")
+    assert place > prompt.find("above", "t5xxl")[0]
+    assert prompt.find("teddy bear", "t5xxl")[0] > place
 
 
 def test_words_in_the_second_chunk_and_in_sdxl_streams():
