@@ -28,8 +28,8 @@ class SteeringSettings:
     start: float = 0.0
     end: float = 0.5
     step_size: float = 2.0
-    max_updates: int = 2
-    stop_probability: float = 0.9
+    max_updates: int = 3
+    stop_probability: float = 0.97
     update_rule: str = "normalised"
     relations_per_update: str = "all"
     recompute: bool = False
