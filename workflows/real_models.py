@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .sheet import Group, Node, Note, Output, Sheet
+from .sheet import Group, Node, Note, Output, Sheet, read_note
 
 GREEN, RED, BLUE, YELLOW = "#8A8", "#A88", "#88A", "#b58b2a"
 PROMPT = "a photo of a dog to the right of a teddy bear"
@@ -12,57 +12,21 @@ SD21, DEV, SCHNELL = "v2-1_512-ema-pruned.safetensors", "flux1-dev.safetensors",
 LORA = "my_dog_lora.safetensors"
 SD21_SAMPLING = {"seed": 0, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 
-UNMEASURED = """\
-**Not measured.** We had no machine that can run this model: the workflow is checked for validity and its wiring was run \
-with a tiny model in its place, but nobody has looked at its pictures yet. Expect to tune *step_size* and *max_updates*.
-"""
-
-SD21_FILES = f"""\
-## Files
-| file | from (huggingface.co) | into |
-|---|---|---|
-| {SD21} | stabilityai/stable-diffusion-2-1-base | models/checkpoints |
-
-If that repository is gone, look for the file's name; any SD 1.x, SD 2.x or SDXL checkpoint works in its place (SDXL at \
-1024 × 1024).
-"""
-
-PAPER_STEERING = """\
-## The paper's steering
-The fields hold this pack's defaults for the geometric classifier, which needs no file. To steer as in the paper \
-(Learn-to-Steer, WACV 2026), put the authors' classifier `{classifier}` (for non-commercial use; see the README) into \
-models/relation_classifiers, choose it in *Relation Classifier Loader*, and set: update_rule *raw gradient*, step_size 5, \
-max_updates 15, relations_per_update *one*, window {window}.
-"""
-
-FLUX_FILES = """\
-## Files
-| file | from (huggingface.co) | into |
-|---|---|---|
-| {model} | black-forest-labs/{repository} | models/diffusion_models |
-| ae.safetensors | black-forest-labs/{repository} | models/vae |
-| clip_l.safetensors, t5xxl_fp16.safetensors | comfyanonymous/flux_text_encoders | models/text_encoders |
-
-FLUX.1-dev asks you to accept its licence on its page first. t5xxl_fp8_e4m3fn.safetensors saves memory.
-"""
-
-MEMORY = """\
-*save_memory* is on: a gradient through FLUX without it needs several times the memory of a plain step.
-"""
+FLUX_WINDOWS = {"flux_dev": "0 to 0.5", "flux_schnell": "0 to 0.25 (the first step)"}
 
 
-def sd21_note(title: str, intro: str) -> Note:
-    paper = PAPER_STEERING.format(classifier="sd2", window="0 to 0.5")
-    return Note(f"# {title}\n{intro}\n{SD21_FILES}\n{paper}\n{UNMEASURED}", 520, 560)
+def sd21_note(name: str, height: int = 560) -> Note:
+    paper = read_note("_paper", classifier="sd2", window="0 to 0.5")
+    files = read_note("_sd21_files", model=SD21)
+    return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured"), lora=LORA), 520, height)
 
 
-def flux_note(title: str, intro: str, schnell: bool = False) -> Note:
-    files = FLUX_FILES.format(model=SCHNELL if schnell else DEV,
-                              repository="FLUX.1-schnell" if schnell else "FLUX.1-dev")
-    paper = PAPER_STEERING.format(classifier="flux_schnell" if schnell else "flux_dev",
-                                  window="0 to 0.25 (the first step)" if schnell else "0 to 0.5")
-    paper += "The authors' FLUX classifiers saw T5 prompts of 512 tokens: set min_length 512 with *T5TokenizerOptions*.\n"
-    return Note(f"# {title}\n{intro}\n{files}\n{paper}\n{MEMORY}\n{UNMEASURED}", 560, 600)
+def flux_note(name: str, schnell: bool = False) -> Note:
+    classifier = "flux_schnell" if schnell else "flux_dev"
+    files = read_note("_flux_files", model=SCHNELL if schnell else DEV,
+                      repository="FLUX.1-schnell" if schnell else "FLUX.1-dev")
+    paper = read_note("_paper", classifier=classifier, window=FLUX_WINDOWS[classifier])
+    return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured")), 560, 600)
 
 
 def shown(sheet: Sheet, samples: Output, maps: Output, report: Output | None, vae: Output,
@@ -105,10 +69,7 @@ def steered_sampler(sheet: Sheet, model: Output, graph: Node, negative: Node, la
 
 def sd21_steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
     sheet = Sheet(name, object_info)
-    note = sd21_note("Stable Diffusion 2.1: with and without steering",
-                     "The same prompt and seed twice: the stock KSampler above, *Spatial Steering KSampler* below. Mute "
-                     "the upper one (Ctrl+M on its save node) to save time. Sampling as in the paper: 50 steps DDIM, CFG "
-                     "7.5, 512 × 512.\n")
+    note = sd21_note(name)
     model, graph, negative, latent, vae = checkpoint(sheet, note, PROMPT)
     plain = sheet.node("KSampler", width=320, model=model, positive=graph["positive"],
                        negative=negative["CONDITIONING"], latent_image=latent["LATENT"], **SD21_SAMPLING)
@@ -124,11 +85,9 @@ def sd21_steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
 
 def personalised_lora(name: str, object_info: Mapping[str, Any]) -> Sheet:
     sheet = Sheet(name, object_info)
-    note = sd21_note("Your own object, steered: LoRA and steering together",
-                     f"Put a LoRA of your object, trained for the same base model, into models/loras (here {LORA}) and write "
-                     "the words it was trained on as one of the objects, here **sks dog**. Steering needs no training for "
-                     "it: it reads where the model looks for these words.\n")
-    model, graph, negative, latent, vae = checkpoint(sheet, note, "a photo of a sks dog to the right of a teddy bear", True)
+    note = sd21_note(name)
+    model, graph, negative, latent, vae = checkpoint(
+        sheet, note, "a photo of a sks dog to the right of a teddy bear", lora=True)
     classifier, sampler = steered_sampler(sheet, model, graph, negative, latent)
     behind = shown(sheet, sampler["latent"], sampler["maps"], sampler["report"], vae, "personalised")
     sheet.column(Group("Steered sampling", [[classifier, sampler], *behind], BLUE))
@@ -137,10 +96,6 @@ def personalised_lora(name: str, object_info: Mapping[str, Any]) -> Sheet:
 
 def attention_maps(name: str, object_info: Mapping[str, Any]) -> Sheet:
     sheet = Sheet(name, object_info)
-    text = ("# Where does the model look for a word?\n*Attention Capture* records the cross-attention of the words named in "
-            "it while the stock KSampler runs; the picture is the same, bit for bit, as without it. The prompt is encoded by "
-            "*Text Encode (Steerable)*, which notes where each word's tokens are. *Attention Overlay* shows the average "
-            f"over all steps, and every step as a picture of its own.\n\n{SD21_FILES}\nFLUX works as well.\n\n{UNMEASURED}")
     loader = sheet.node("CheckpointLoaderSimple", width=360, ckpt_name=SD21)
     positive = sheet.node("LearnToSteerTextEncode", "Prompt", width=420, clip=loader["CLIP"],
                           text="a photo of a dog and a teddy bear on a green meadow under a blue sky")
@@ -157,7 +112,7 @@ def attention_maps(name: str, object_info: Mapping[str, Any]) -> Sheet:
                          image=decoded["IMAGE"])
     each = sheet.node("LearnToSteerOverlay", "Each step, without the picture", width=700, maps=maps["maps"],
                       steps="each step")
-    sheet.column(Group("Read me", [[Note(text, 520, 460)]], YELLOW), Group("Model", [[loader, latent]]))
+    sheet.column(Group("Read me", [[sd21_note(name, 460)]], YELLOW), Group("Model", [[loader, latent]]))
     sheet.column(Group("Prompt", [[positive, negative]], GREEN))
     sheet.column(Group("Watched sampling", [[capture, sampler], [maps, decoded], [picture]], BLUE))
     sheet.column(Group("Attention", [[average, each]], RED))
@@ -205,27 +160,21 @@ def flux(sheet: Sheet, note: Note, prompt: str, relations: Sequence[tuple[str, s
 
 
 def flux_dev(name: str, object_info: Mapping[str, Any]) -> Sheet:
-    note = flux_note("FLUX.1-dev with steering", "Steering is a patch on MODEL (*Apply Spatial Steering*) in front of the "
-                     "stock guider and sampler nodes. Sampling as in the paper: 50 Euler steps, guidance 3.5, 512 × 512. To "
-                     "compare with the plain model, set *max_updates* to 0: the result is then the stock one, bit for bit.\n")
+    note = flux_note(name)
     return flux(Sheet(name, object_info), note, PROMPT, (), "flux_dev_steered")
 
 
 def flux_schnell(name: str, object_info: Mapping[str, Any]) -> Sheet:
-    note = flux_note("FLUX.1-schnell with steering", "Steering is a patch on MODEL (*Apply Spatial Steering*) in front of the "
-                     "stock guider and sampler nodes. Sampling as in the paper: 4 Euler steps, 256 × 256. Only the first two "
-                     "steps are steered, with up to 10 updates each.\n", schnell=True)
+    note = flux_note(name, schnell=True)
     return flux(Sheet(name, object_info), note, PROMPT, (), "flux_schnell_steered", schnell=True)
 
 
 def multi_relation(name: str, object_info: Mapping[str, Any]) -> Sheet:
-    note = flux_note("Five objects, three relations", "Each *Spatial Relation* is one line of the list, which grows as you "
-                     "connect them; the objects must be words of the prompt. They replace what would be read from the "
-                     "prompt. A relation's *weight* says how much it counts. Model: FLUX.1-dev.\n")
-    relations = (("dog", "to the left of", "cat"), ("cat", "above", "skateboard"), ("airplane", "to the right of", "car"))
-    return flux(Sheet(name, object_info), note,
-                "a photo of a dog to the left of a cat above a skateboard and an airplane to the right of a car", relations,
-                "multi_relation")
+    note = flux_note(name)
+    relations = (("dog", "to the left of", "cat"), ("cat", "above", "skateboard"),
+                 ("airplane", "to the right of", "car"))
+    prompt = "a photo of a dog to the left of a cat above a skateboard and an airplane to the right of a car"
+    return flux(Sheet(name, object_info), note, prompt, relations, "multi_relation")
 
 
 SHEETS = {"sd21_steering": sd21_steering, "flux_dev_steering": flux_dev, "flux_schnell_steering": flux_schnell,

@@ -1,17 +1,19 @@
 """A development tool: writes workflow files of the ComfyUI page (litegraph JSON, version 0.4) from Python.
 
-A `Sheet` is columns of groups, a `Group` is columns of nodes; positions follow from the nodes' sizes. Names of inputs and
-outputs are checked against the server's `/object_info`, so that a file cannot name what the nodes do not have.
+A `Sheet` is columns of groups, a `Group` is columns of nodes; positions follow from the nodes' sizes. Names of inputs
+and outputs are checked against the server's `/object_info`, so that a file cannot name what the nodes do not have.
 """
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from devtools.workflow import Spec, input_specs
 
+NOTES = Path(__file__).resolve().parent / "notes"
 PACK, PACK_VERSION = "learn-to-steer", "0.1.0"
 TITLE, SLOT, WIDGET, TEXT, GAP, PADDING = 30, 20, 24, 120, 30, 20
 GROUP_TITLE, GROUP_GAP = 40, 60
@@ -231,8 +233,9 @@ class Sheet:
                    for slot, (name, kind) in enumerate(zip(node.info["output_name"], node.info["output"], strict=True))]
         core = not node.info["python_module"].startswith("custom_nodes")
         entry = {
-            "id": node.id, "type": node.type, "pos": list(node.pos), "size": [node.width, node.height], "flags": {"collapsed": True} if node.collapsed else {},
-            "order": order, "mode": 0, "inputs": inputs, "outputs": outputs, "title": node.title,
+            "id": node.id, "type": node.type, "pos": list(node.pos), "size": [node.width, node.height],
+            "flags": {"collapsed": True} if node.collapsed else {}, "order": order, "mode": 0, "inputs": inputs,
+            "outputs": outputs, "title": node.title,
             "properties": {"cnr_id": "comfy-core" if core else PACK, "ver": "0.30.0" if core else PACK_VERSION,
                            "Node name for S&R": node.type},
             "widgets_values": node.widget_values(),
@@ -240,6 +243,11 @@ class Sheet:
         if node.color:
             entry |= {"color": node.color, "bgcolor": node.color}
         return entry
+
+
+def read_note(name: str, **fields: str) -> str:
+    """The text of notes/NAME.md with its {fields} filled in."""
+    return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip().format(**fields)
 
 
 def note(box: Note, order: int) -> dict[str, Any]:

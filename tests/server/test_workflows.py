@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from devtools import demo
 from devtools.client import Client, ServerError
 from devtools.workflow import to_prompt
+from workflows.build import SHEETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -53,12 +54,20 @@ def test_thumbnail_is_there_and_small(file: Path):
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 def test_every_node_says_which_pack_it_is_from(file: Path, object_info: dict):
+    project = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
     for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
         ours = object_info[node["type"]]["python_module"].startswith("custom_nodes")
         assert node["properties"]["cnr_id"] == ("learn-to-steer" if ours else "comfy-core"), node["type"]
-        assert node["properties"]["ver"]
+        assert not ours or f'\nversion = "{node["properties"]["ver"]}"\n' in project
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_file_is_what_the_tool_writes(name: str, object_info: dict):
+    """Also after a change of a node's fields or defaults: `python -m workflows.build` writes the files anew."""
+    written = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert written == SHEETS[name](name, object_info).document()
 
 
 @pytest.mark.parametrize("file", LARGE, ids=ids(LARGE))
