@@ -38,7 +38,7 @@ class AttentionRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """One sampler run: the latent it gave (None if it did not end), its maps, its report."""
+    """One sampler run: the latent it gave (None where it stands for all unsteered runs), its maps, its report."""
 
     samples: Tensor | None
     maps: AttentionRecord
@@ -65,7 +65,7 @@ class RunLog:
             return self.unsteered
         wanted = samples.detach().float().cpu()
         for run in reversed(self.runs):
-            if run.samples is not None and run.samples.shape == wanted.shape and torch.equal(run.samples, wanted):
+            if run.samples.shape == wanted.shape and torch.equal(run.samples, wanted):
                 return run
         raise LookupError("input 'samples': no run of this model gave this latent. Connect the LATENT output of the "
                           "sampler that uses the patched model, straight, with nothing in between that changes it.")

@@ -6,6 +6,7 @@ that looks at the sampler's latent before a step's first evaluation. The sampler
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from .optimizer import Look, SteeringSettings, displacement, steer_step
 from .records import AttentionRecord, Run, RunLog, StepMaps
 from .relations import RelationGraph
 from .report import SteeringReport, UpdateRecord
-from .stepping import SampledModel, Schedule, SteeringError, first_evaluations, unwrapped
+from .stepping import RehearsedModel, SampledModel, Schedule, SteeringError, first_evaluations, unwrapped
 from .tokens import find_columns
 
 log = logging.getLogger("learn_to_steer")
@@ -49,7 +50,6 @@ class Session:
     """
 
     def __init__(self, guider, sigmas: Tensor, phrases: Sequence[str], forward: object):
-        self.guider = guider
         self.base_model = guider.inner_model
         self.network = self.base_model.diffusion_model
         self.backbone = find_backbone(self.network)
@@ -156,6 +156,7 @@ class SteeringSession(Session):
     def _steer(self, host_model, x: Tensor, sigma: Tensor, arguments: dict, step: int) -> None:
         """Changes the sampler's own `x` in place, which is the one thing that every k-diffusion sampler shares."""
         settings, relations = self.steering.settings, self.steering.graph.relations
+        arguments = self.instrumented(arguments)
         with differentiable(self.base_model, settings.recompute):
             sigma = sigma.clone()
             start = x.detach().clone()
@@ -165,10 +166,9 @@ class SteeringSession(Session):
                              self.schedule.moment(step), sum(r.step < step for r in self.records), self._on_record,
                              self.steering.move)
             difference = (end - start * scale) / scale
-        maps = self.last_maps
-        if maps is not None and maps.layers:
-            self.keep(step, maps, _grid(x, self.classifier.layout.size))
-        self.last_maps = None
+        if self.last_maps is not None:
+            self.keep(step, self.last_maps, _grid(x, self.classifier.layout.size))
+            self.last_maps = None
         if difference.any():
             x.copy_(start + difference)
 
@@ -182,28 +182,30 @@ class SteeringSession(Session):
             return None
         if active.get("control") is not None:
             active = {**active, "control": FrozenControl(active["control"], self.recorder)}
-        options = self._options(arguments["model_options"])
         alone = copy.copy(host_model)
         alone.inner_model = PositiveOnly(self.base_model, [active])
-        alone(x, sigma, **{**arguments, "model_options": options, "denoise_mask": arguments.get("denoise_mask")})
+        alone(x, sigma, **arguments)
         maps = self.recorder.take()
         if not maps.layers:
             return None
         judgement = judge(maps, self.steering.graph.relations, self.classifier, self.backbone.name,
                           self.schedule.progress[step])
         self.last_maps = AttentionMaps(maps.phrases, tuple(
-            type(layer)(layer.name, layer.order, layer.maps.detach()) for layer in maps.layers))
+            dataclasses.replace(layer, maps=layer.maps.detach()) for layer in maps.layers))
 
         def gradient(loss: Tensor) -> Tensor:
             return torch.autograd.grad(loss.sum(), leaf)[0].detach()
 
         return Look(judgement, gradient)
 
-    def _options(self, model_options: dict) -> dict:
+    def instrumented(self, arguments: dict) -> dict:
+        """The sampler's arguments for the model, so that a pass is recorded and can be differentiated."""
+        model_options = arguments["model_options"]
         transformer_options = {**model_options.get("transformer_options", {}), FORWARD_KEY: self.recorder.forward,
                                "optimized_attention_override": differentiable_attention}
-        return {**model_options, "transformer_options": self.backbone.instrument(
+        model_options = {**model_options, "transformer_options": self.backbone.instrument(
             self.network, transformer_options, self.recorder, self.steering.settings.recompute)}
+        return {"denoise_mask": None, **arguments, "model_options": model_options}
 
     def _on_record(self, record: UpdateRecord) -> None:
         self.records.append(record)
@@ -265,7 +267,7 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
         sessions = []
 
         def sampler_function(model_k, x, sigmas, extra_args=None, callback=None, **more):
-            if getattr(model_k, "rehearsal", False):
+            if isinstance(model_k, RehearsedModel):
                 return sampler.sampler_function(model_k, x, sigmas, extra_args=extra_args, callback=callback, **more)
             session = open_session(executor.class_obj, sigmas)
             sessions.append(session)

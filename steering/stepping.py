@@ -18,8 +18,6 @@ class SteeringError(ValueError):
 class SampledModel:
     """The model as a sampler function sees it, with `around(model, x, sigma, arguments)` for each evaluation."""
 
-    rehearsal = False
-
     def __init__(self, wrapped: Callable, around: Callable):
         self.wrapped, self._around = wrapped, around
 
@@ -32,8 +30,6 @@ class SampledModel:
 
 class RehearsedModel(SampledModel):
     """Stands for the model while a sampler function is only watched; sessions let it pass."""
-
-    rehearsal = True
 
 
 def unwrapped(model: Callable) -> Callable:
