@@ -52,10 +52,6 @@ class Protocol:
 PROTOCOLS = {"unet": Protocol(25, 2.0, "ddim", "ddim_uniform"), "flux": Protocol(25, 3.0, "euler", "simple")}
 
 
-def load_world(backbone: str):
-    return {"unet": models.load_unet_world, "flux": getattr(models, "load_flux_world", None)}[backbone]()
-
-
 def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Tensor:
     """A move of the usual length in a random direction, drawn anew each time, the same in each run."""
     seed = int(gradient.abs().sum().item() * 1e6) % 2**31
@@ -165,7 +161,7 @@ def main() -> None:
     print(result["machine"])
     rows = grid_rows(arguments.grid, arguments.learned) if arguments.grid else plan(arguments.rows, arguments.backbone)
     with torch.inference_mode():
-        world = load_world(arguments.backbone)
+        world = models.LOADERS[arguments.backbone]()
         for row in rows:
             measured = measure(world, row, prompts, protocol, lambda text: print(text, end="\r", flush=True))
             measured["seconds_ratio"] = measured["seconds"] / (result["rows"] or [measured])[0]["seconds"]

@@ -18,8 +18,7 @@ import threading
 from pathlib import Path
 
 PASSES = ("forward", "capture", "gradient", "gradient, recomputed")
-SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²"),
-         "flux": ("small world", "FLUX width 512²", "FLUX width 1024²")}
+SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²")}
 
 
 class PeakMemory:
@@ -43,7 +42,7 @@ class PeakMemory:
         self._thread.join()
 
 
-def measure(backbone: str, size: str, kind: str, repeats: int) -> dict:
+def measure(size: str, kind: str, repeats: int) -> dict:
     """Seconds (median) and bytes: weights plus the highest further use of one pass."""
     import torch
 
@@ -54,7 +53,7 @@ def measure(backbone: str, size: str, kind: str, repeats: int) -> dict:
 
     torch.set_num_threads(os.cpu_count())
     with torch.inference_mode():
-        run, weights = prepare(backbone, size, kind)
+        run, weights = prepare(size, kind)
         run()  # the first pass builds what later ones reuse
         with PeakMemory() as memory:
             seconds = [run() for _ in range(repeats)]
@@ -99,7 +98,7 @@ def in_own_process(arguments: argparse.Namespace, size: str, kind: str) -> dict:
 
 
 def write_result(arguments: argparse.Namespace) -> None:
-    arguments.json.write_text(json.dumps(measure(arguments.backbone, *arguments.one, arguments.repeats)))
+    arguments.json.write_text(json.dumps(measure(*arguments.one, arguments.repeats)))
 
 
 if __name__ == "__main__":

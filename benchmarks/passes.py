@@ -15,7 +15,7 @@ from learn_to_steer.classifiers.geometric import GeometricClassifier
 from learn_to_steer.steering.optimizer import SteeringSettings
 from learn_to_steer.steering.relations import build_graph
 from learn_to_steer.steering.sampling import Capture, Steering, apply_capture, apply_steering
-from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt, flat_tokens
+from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt
 from learn_to_steer.toyworld.models import load_unet_world
 
 PROMPT = "a photo of a dog to the right of a teddy bear"
@@ -26,31 +26,29 @@ SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels":
         "use_spatial_transformer": True, "adm_in_channels": None, "use_temporal_attention": False, "legacy": False}
 
 
-def random_unet(settings: dict, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
-    """The host's UNet with random weights: shapes, time and memory are real, pictures are not."""
-    config = comfy.supported_models.SD20({**settings, "dtype": dtype})
-    config.unet_config.update(settings)
-    config.manual_cast_dtype = None
-    base = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device="cpu")
-    for parameter in base.diffusion_model.parameters():
+def fill_alike(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
         parameter.data.normal_(std=0.02)
+
+
+def random_unet(settings: dict, config=comfy.supported_models.SD20, dtype: torch.dtype = torch.float32,
+                fill: Callable[[torch.nn.Module], object] = fill_alike) -> comfy.model_patcher.ModelPatcher:
+    """The host's UNet with random weights: shapes, time and memory are real, pictures are not."""
+    model_config = config({**settings, "dtype": dtype})
+    model_config.unet_config.update(settings)  # the class brings head counts of its own
+    model_config.manual_cast_dtype = None
+    base = comfy.model_base.BaseModel(model_config, model_type=model_config.model_type({}), device="cpu")
+    fill(base.diffusion_model)
     return comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
 def conditioning(width: int) -> list:
-    tokenizer = SD1Tokenizer()
-
-    def tokenize(text: str) -> dict[str, tuple[int, ...]]:
-        return flat_tokens(tokenizer.tokenize_with_weights(text))
-
-    prompt = TokenisedPrompt(PROMPT, tokenize(PROMPT), tokenize)
+    prompt = TokenisedPrompt.read(PROMPT, SD1Tokenizer().tokenize_with_weights)
     return [[torch.randn(1, len(prompt.streams["l"]), width), {CONDITIONING_KEY: prompt}]]
 
 
-def prepare(backbone: str, size: str, kind: str) -> tuple[Callable[[], float], int]:
+def prepare(size: str, kind: str) -> tuple[Callable[[], float], int]:
     """A function that makes one pass and returns its seconds, and the bytes of the model's weights."""
-    if backbone != "unet":
-        raise SystemExit(f"cost of {backbone} is not measured yet")
     if size == "small world":
         model, latent, width = load_unet_world()[0], (1, None, 16, 16), 64
     else:

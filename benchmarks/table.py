@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from training.storage import replace_file
+
 
 def machine() -> str:
     """Processor, cores used and versions, in one line."""
@@ -42,6 +44,4 @@ def write_json(path: Path | None, content: dict) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -77,9 +77,7 @@ class MultiRelationGraph(io.ComfyNode):
     @classmethod
     def execute(cls, clip, prompt: str, relations: str = "", allow_no_relation: bool = False,
                 relation_list: dict | None = None) -> io.NodeOutput:
-        if clip is None:
-            raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with "
-                               "\"Load CLIP\" or \"DualCLIPLoader\".")
+        _need_text_encoder(clip)
         extra = tuple(relation for relation in (relation_list or {}).values() if relation is not None)
         try:
             graph: RelationGraph = build_graph(prompt, relations or "", extra)
@@ -91,6 +89,12 @@ class MultiRelationGraph(io.ComfyNode):
                                 "switch 'allow_no_relation' on.")
         positive = encode_prompt(clip, graph.prompt)
         return io.NodeOutput(graph, positive, graph.prompt, ui=ui.PreviewText(graph.describe()))
+
+
+def _need_text_encoder(clip) -> None:
+    if clip is None:
+        raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with \"Load CLIP\" or "
+                           "\"DualCLIPLoader\".")
 
 
 def _source(lines: str, extra: tuple[SpatialRelation, ...]) -> str:
@@ -119,9 +123,7 @@ class SteerableTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
-        if clip is None:
-            raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with "
-                               "\"Load CLIP\" or \"DualCLIPLoader\".")
+        _need_text_encoder(clip)
         return io.NodeOutput(encode_prompt(clip, text))
 
 

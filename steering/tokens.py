@@ -31,6 +31,14 @@ class TokenisedPrompt:
     streams: Mapping[str, tuple[int, ...]]
     tokenize: Callable[[str], Mapping[str, tuple[int, ...]]]
 
+    @staticmethod
+    def read(text: str, tokenize: Callable[[str], Mapping[str, Sequence]]) -> TokenisedPrompt:
+        """The prompt as the host's `tokenize` (of a CLIP or a tokenizer) sees it."""
+        def flat(words: str) -> dict[str, tuple[int, ...]]:
+            return flat_tokens(tokenize(words))
+
+        return TokenisedPrompt(text, flat(text), flat)
+
     def find(self, phrase: str, stream: str) -> tuple[int, ...]:
         """Positions of the phrase's tokens in `stream`; "dog#2" asks for the second occurrence.
 
@@ -80,12 +88,8 @@ def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]
 
 def encode_prompt(clip, text: str) -> list:
     """CONDITIONING of `text`, as the host's CLIPTextEncode makes it, with the token positions inside."""
-    def tokenize(words: str) -> dict[str, tuple[int, ...]]:
-        return flat_tokens(clip.tokenize(words))
-
-    tokens = clip.tokenize(text)
-    prompt = TokenisedPrompt(text, flat_tokens(tokens), tokenize)
-    return clip.encode_from_tokens_scheduled(tokens, add_dict={CONDITIONING_KEY: prompt})
+    prompt = TokenisedPrompt.read(text, clip.tokenize)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={CONDITIONING_KEY: prompt})
 
 
 def find_columns(conditionings: Sequence[dict], phrases: Sequence[str], streams: Sequence[str]

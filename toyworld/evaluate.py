@@ -16,11 +16,10 @@ from standalone import prepare_host
 prepare_host()
 
 from .detector import detect, judge  # noqa: E402  (the host must be on the path first)
-from .models import load_flux_world, load_unet_world  # noqa: E402
+from .models import LOADERS  # noqa: E402
 from .sampling import sample_pictures  # noqa: E402
 from .scenes import relation_parts, two_object_prompts  # noqa: E402
 
-LOADERS = {"unet": load_unet_world, "flux": load_flux_world}
 BATCH = 25
 
 

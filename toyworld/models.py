@@ -149,3 +149,7 @@ def load_flux_world(path: Path | None = None
     """The same for the small FLUX; its prompts have 32 tokens a chunk."""
     tensors = read_weights(Path(path or WEIGHTS / "flux.safetensors"), "flux")
     return build_flux(tensors), build_clip(tensors, FLUX_TOKENS), build_vae(tensors)
+
+
+LOADERS = {"unet": load_unet_world, "flux": load_flux_world}
+"""By backbone."""

@@ -13,7 +13,7 @@ from learn_to_steer.steering.attention import AttentionMaps, LayerMaps, MapRecor
 from learn_to_steer.steering.backbones import UnsupportedModel, find_backbone
 from learn_to_steer.steering.gradient import differentiable_attention
 from learn_to_steer.steering.sampling import Capture, apply_capture
-from learn_to_steer.steering.tokens import TokenError, TokenisedPrompt, flat_tokens
+from learn_to_steer.steering.tokens import TokenError, TokenisedPrompt
 
 SD15 = {**SD21, "num_heads": 8, "num_head_channels": -1, "context_dim": 768, "use_linear_in_transformer": False}
 
@@ -135,11 +135,7 @@ def test_an_unsupported_network_is_named():
 
 def clip_prompt(text: str) -> TokenisedPrompt:
     from comfy.sd1_clip import SD1Tokenizer
-    tokenizer = SD1Tokenizer()
-
-    def tokenize(words: str):
-        return flat_tokens(tokenizer.tokenize_with_weights(words))
-    return TokenisedPrompt(text, tokenize(text), tokenize)
+    return TokenisedPrompt.read(text, SD1Tokenizer().tokenize_with_weights)
 
 
 def test_words_among_clip_tokens():
@@ -157,11 +153,7 @@ def test_words_among_clip_tokens():
 
 def test_words_among_t5_tokens_end_where_a_word_ends():
     from comfy.text_encoders.flux import FluxTokenizer
-    tokenizer, text = FluxTokenizer(), "a dogfish above a dog, left of a Teddy Bear"
-
-    def tokenize(words: str):
-        return flat_tokens(tokenizer.tokenize_with_weights(words))
-    prompt = TokenisedPrompt(text, tokenize(text), tokenize)
+    prompt = TokenisedPrompt.read("a dogfish above a dog, left of a Teddy Bear", FluxTokenizer().tokenize_with_weights)
     (place,) = prompt.find("dog", "t5xxl")
     assert place > prompt.find("above", "t5xxl")[0]
     assert prompt.find("teddy bear", "t5xxl")[0] > place
@@ -171,9 +163,5 @@ def test_words_in_the_second_chunk_and_in_sdxl_streams():
     from comfy.sdxl_clip import SDXLTokenizer
     long = "a green field, " * 30 + "a dog left of a cat"
     assert clip_prompt(long).find("dog", "l")[0] > 77
-    tokenizer = SDXLTokenizer()
-
-    def tokenize(words: str):
-        return flat_tokens(tokenizer.tokenize_with_weights(words))
-    prompt = TokenisedPrompt(long, tokenize(long), tokenize)
+    prompt = TokenisedPrompt.read(long, SDXLTokenizer().tokenize_with_weights)
     assert prompt.find("dog", "g") == prompt.find("dog", "l")

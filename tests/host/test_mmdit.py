@@ -18,7 +18,7 @@ from comfy.text_encoders.flux import FluxTokenizer  # noqa: E402
 from learn_to_steer.steering.attention import AttentionMaps, MapRecorder, WordColumns  # noqa: E402
 from learn_to_steer.steering.backbones import UnsupportedModel, find_backbone  # noqa: E402
 from learn_to_steer.steering.backbones.mmdit import MMDiTBackbone  # noqa: E402
-from learn_to_steer.steering.tokens import TokenisedPrompt, flat_tokens  # noqa: E402
+from learn_to_steer.steering.tokens import TokenisedPrompt  # noqa: E402
 from tiny import unet_patcher  # noqa: E402
 from tiny_flux import FLUX_DEV, TINY_FLUX, Inputs, tiny_flux  # noqa: E402
 
@@ -174,12 +174,7 @@ def test_only_the_positive_half_of_a_batch_is_recorded(uuids):
 @pytest.mark.parametrize("tokens", [256, 512])
 def test_words_are_found_among_t5_tokens(tokens):
     tokenizer = FluxTokenizer(tokenizer_data={"t5xxl_min_length": tokens})
-
-    def tokenize(text: str) -> dict[str, tuple[int, ...]]:
-        return flat_tokens(tokenizer.tokenize_with_weights(text))
-
-    text = "a photo of a dog to the right of a teddy bear"
-    prompt = TokenisedPrompt(text, tokenize(text), tokenize)
+    prompt = TokenisedPrompt.read("a photo of a dog to the right of a teddy bear", tokenizer.tokenize_with_weights)
     pieces = tokenizer.t5xxl.tokenizer.convert_ids_to_tokens(prompt.streams["t5xxl"])
     places = prompt.find("teddy bear", "t5xxl")
     assert len(pieces) == tokens and len(places) > 1

@@ -3,12 +3,10 @@ from __future__ import annotations
 
 import uuid
 
-import comfy.latent_formats
-import comfy.model_base
-import comfy.model_patcher
 import comfy.supported_models
 import torch
 from comfy.sd1_clip import SD1Tokenizer
+from learn_to_steer.benchmarks.passes import random_unet
 
 TINY_UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
@@ -32,21 +30,13 @@ def fill(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def unet_patcher(overrides: dict | None = None, config=comfy.supported_models.SD20, dtype=torch.float32, seed: int = 0):
     """A ModelPatcher over the host's UNet; `overrides` change TINY_UNET."""
-    settings = {**TINY_UNET, **(overrides or {}), "dtype": dtype}
-    model_config = config(settings)
-    model_config.unet_config.update(settings)  # the class brings head counts of its own
-    model_config.manual_cast_dtype = None
-    base = comfy.model_base.BaseModel(model_config, model_type=model_config.model_type({}), device="cpu")
-    fill(base.diffusion_model, seed)
-    return comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    return random_unet({**TINY_UNET, **(overrides or {})}, config, dtype, lambda module: fill(module, seed))
 
 
 def conditioning(pack, text: str, width: int = 32, batch: int = 1, seed: int = 1, **extra) -> list:
     """CONDITIONING with random embeddings of the real tokens of `text` (CLIP BPE)."""
-    tokenizer = SD1Tokenizer()
     tokens = pack.steering.tokens
-    prompt = tokens.TokenisedPrompt(text, tokens.flat_tokens(tokenizer.tokenize_with_weights(text)),
-                                    lambda words: tokens.flat_tokens(tokenizer.tokenize_with_weights(words)))
+    prompt = tokens.TokenisedPrompt.read(text, SD1Tokenizer().tokenize_with_weights)
     ids = prompt.streams["l"]
     table = torch.randn(49408, width, generator=torch.Generator().manual_seed(seed))
     embedding = table[list(ids)][None].repeat(batch, 1, 1)
