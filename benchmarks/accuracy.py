@@ -2,14 +2,17 @@
 
     python dev.py bench accuracy --backbone unet --prompts 200 --json FILE
 
-Rows: unsteered; geometric (default settings); random (moves of the same length in random directions: shows that it is
-the gradient); and learned, where a classifier is shipped. With --grid it compares settings instead, on the prompts for
-tuning, which share no ordered pair of objects with the reported ones.
+Suite "main", one relation: unsteered; geometric (default settings); random (moves of the same length in random
+directions: shows that it is the gradient); learned; learned without wrong captions (shows the leakage). Suite "several":
+three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
+object that the model never saw, taught by a LoRA. With --grid it compares settings instead, on the prompts for tuning,
+which share no ordered pair of objects with the reported ones, and --plot draws accuracy against gradient evaluations.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -25,31 +28,22 @@ from standalone import load_pack
 load_pack()
 
 import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
 from learn_to_steer.classifiers.checkpoint import load_classifier  # noqa: E402
 from learn_to_steer.classifiers.geometric import GeometricClassifier, GeometricSettings  # noqa: E402
 from learn_to_steer.steering.optimizer import SteeringSettings, displacement  # noqa: E402
+from learn_to_steer.steering.pictures import curve_chart, save_png  # noqa: E402
 from learn_to_steer.steering.relations import build_graph  # noqa: E402
 from learn_to_steer.steering.sampling import Steering, apply_steering  # noqa: E402
 from learn_to_steer.steering.tokens import encode_prompt  # noqa: E402
 from learn_to_steer.toyworld import models, scenes  # noqa: E402
+from learn_to_steer.toyworld.config import SAMPLING, Sampling  # noqa: E402
 from learn_to_steer.toyworld.detector import detect, judge_relations  # noqa: E402
 
 from .table import machine, print_table, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the small world is sampled, by backbone; the same in the shipped workflows."""
-
-    steps: int
-    cfg: float
-    sampler: str
-    scheduler: str
-
-
-PROTOCOLS = {"unet": Protocol(25, 2.0, "ddim", "ddim_uniform"), "flux": Protocol(25, 3.0, "euler", "simple")}
 
 
 def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Tensor:
@@ -61,39 +55,80 @@ def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Ten
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how to steer (None: not at all)."""
+    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA."""
 
     name: str
     steering: Callable[[object], Steering] | None
+    prompts: list
+    group: str = "one relation"
+    lora: Path | None = None
 
 
-def plan(names: Iterable[str], backbone: str) -> list[Row]:
+def classifier_files(backbone: str) -> dict[str, Path]:
+    """The learned classifiers by row name: the shipped one, and those that exist for comparison."""
+    compared = ROOT / "benchmarks" / "weights"
+    return {"learned": ROOT / "classifiers" / "weights" / f"toyworld_{backbone}.safetensors",
+            "learned, true captions only": compared / f"{backbone}_true_captions.safetensors",
+            "learned without these objects": compared / f"{backbone}_without_held_out.safetensors"}
+
+
+def ways(backbone: str) -> dict[str, Callable[[object], Steering] | None]:
+    """How to steer, by row name; only what is there."""
     settings = SteeringSettings()
-    learned = ROOT / "classifiers" / "weights" / f"toyworld_{backbone}.safetensors"
-    rows = {
-        "unsteered": Row("unsteered", None),
-        "geometric": Row("geometric", lambda graph: Steering(graph, GeometricClassifier(), settings)),
-        "random": Row("random direction", lambda graph: Steering(graph, GeometricClassifier(), settings,
-                                                                  move=random_move)),
-    }
-    if learned.is_file():
-        classifier = load_classifier(learned)
-        rows["learned"] = Row("learned", lambda graph: Steering(graph, classifier, settings))
-    return [rows[name] for name in names if name in rows]
+    found = {"unsteered": None,
+             "geometric": functools.partial(_steered_by, GeometricClassifier(), settings),
+             "random direction": lambda graph: Steering(graph, GeometricClassifier(), settings, move=random_move)}
+    for name, path in classifier_files(backbone).items():
+        if path.is_file():
+            found[name] = functools.partial(_steered_by, load_classifier(path), settings)
+    return found
 
 
-def grid_rows(specifications: list[str], learned: Path | None = None) -> list[Row]:
+def _steered_by(classifier, settings: SteeringSettings, graph) -> Steering:
+    return Steering(graph, classifier, settings)
+
+
+SUITES = ("main", "several", "held-out", "personalised")
+LORA, LORA_NOUN = ROOT / "benchmarks" / "weights" / "unet_octopus_lora.safetensors", "octopus"
+
+
+def suite(name: str, backbone: str, count: int) -> list[Row]:
+    """The rows of one suite, on `count` prompts each."""
+    known = ways(backbone)
+
+    def rows(names: Iterable[str], prompts: list, group: str, lora: Path | None = None) -> list[Row]:
+        return [Row(way, known[way], prompts, group, lora) for way in names if way in known]
+
+    three = ("unsteered", "geometric", "learned")
+    if name == "main":
+        return rows(("unsteered", "geometric", "random direction", "learned", "learned, true captions only"),
+                    scenes.two_object_prompts(count), "one relation")
+    if name == "several":
+        return [row for objects, relations in sorted(scenes.MULTI_FORMS) for row in
+                rows(three, scenes.multi_relation_prompts(count, objects, relations),
+                     f"{objects} objects, {relations} relations")]
+    if name == "held-out":
+        prompts = scenes.two_object_prompts(count, featured=scenes.HELD_OUT_NOUNS)
+        return rows(("unsteered", "learned", "learned without these objects"), prompts,
+                    f"with {', '.join(scenes.HELD_OUT_NOUNS)}")
+    if backbone != "unet":
+        return []  # the LoRA is for the UNet
+    prompts = scenes.two_object_prompts(count, nouns=(*scenes.NOUNS, LORA_NOUN), featured=(LORA_NOUN,))
+    return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
+
+
+def grid_rows(specifications: list[str], prompts: list, learned: Path | None = None) -> list[Row]:
     """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name."""
     axes = [[(name, value) for value in values.split(",")] for name, _, values in
             (item.partition("=") for item in specifications)]
-    rows = [Row("unsteered", None)]
+    rows = [Row("unsteered", None, prompts)]
     for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
         geometric = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
         settings = dataclasses.replace(SteeringSettings(), **steering)
         classifier = load_classifier(learned) if learned else GeometricClassifier(GeometricSettings(**geometric))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination),
-                        lambda graph, c=classifier, s=settings: Steering(graph, c, s)))
+                        functools.partial(_steered_by, classifier, settings), prompts))
     return rows
 
 
@@ -106,9 +141,11 @@ def _parsed(text: str) -> float | int | str:
     return text
 
 
-def measure(world, row: Row, prompts: list, protocol: Protocol, say: Callable[[str], None]) -> dict:
+def measure(world, row: Row, protocol: Sampling, say: Callable[[str], None]) -> dict:
     """One row of the table. Picture k has seed k; seconds are those of sampling alone."""
-    model, clip, vae = world
+    (model, clip, vae), prompts = world, row.prompts
+    if row.lora is not None:
+        model, clip = comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(row.lora)), 1.0, 0.0)
     channels = model.get_model_object("latent_format").latent_channels
     latent = torch.zeros(1, channels, 16, 16)
     negative = encode_prompt(clip, "")
@@ -128,7 +165,7 @@ def measure(world, row: Row, prompts: list, protocol: Protocol, say: Callable[[s
         verdicts.append(judge_relations(detect(vae.decode(samples))[0], wanted))
         if (seed + 1) % 20 == 0:
             say(f"{row.name}: {seed + 1}/{len(prompts)}")
-    return {"name": row.name, "prompts": len(prompts),
+    return {"name": row.name, "group": row.group, "prompts": len(prompts),
             "both_present": float(np.mean([v.all_present for v in verdicts])),
             "clean": float(np.mean([v.clean for v in verdicts])),
             "relation_correct": float(np.mean([np.mean(v.relations) for v in verdicts])),
@@ -136,39 +173,60 @@ def measure(world, row: Row, prompts: list, protocol: Protocol, say: Callable[[s
             "gradient_evaluations": gradients / len(prompts), "seconds": seconds / len(prompts), "seconds_ratio": None}
 
 
+def leakage(backbone: str) -> dict:
+    """What the classifiers' files say of their accuracy on maps of true and of wrong captions."""
+    return {name: load_classifier(path).training["results"] for name, path in classifier_files(backbone).items()
+            if path.is_file()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--backbone", choices=sorted(PROTOCOLS), default="unet")
+    parser.add_argument("--backbone", choices=sorted(SAMPLING), default="unet")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--rows", nargs="+", default=["unsteered", "geometric", "random", "learned"])
-    parser.add_argument("--objects", type=int, default=2, help="objects of a prompt (2 to 5)")
-    parser.add_argument("--relations", type=int, default=1, help="relations of a prompt")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=["main"])
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--cfg", type=float, help="another guidance scale than the protocol's")
     parser.add_argument("--grid", nargs="+", metavar="NAME=V,V", help="compare settings on the prompts for tuning")
     parser.add_argument("--learned", type=Path, help="with --grid: this classifier instead of the geometric one")
+    parser.add_argument("--plot", type=Path, help="with --grid: draw the trade-off here (PNG)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    protocol = PROTOCOLS[arguments.backbone]
+    protocol = SAMPLING[arguments.backbone]
     if arguments.cfg is not None:
         protocol = dataclasses.replace(protocol, cfg=arguments.cfg)
-    split = "tune" if arguments.grid else "report"
-    prompts = (scenes.two_object_prompts(arguments.prompts, split) if arguments.objects == 2 else
-               scenes.multi_relation_prompts(arguments.prompts, arguments.objects, arguments.relations, split))
-    result = {"machine": machine(), "backbone": arguments.backbone, "split": split, "protocol": dataclasses.asdict(protocol),
-              "settings": dataclasses.asdict(SteeringSettings()), "rows": []}
+    if arguments.grid:
+        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), arguments.learned)
+    else:
+        rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
+                if not arguments.rows or row.name in arguments.rows]
+    result = {"machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
+              "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(SteeringSettings()), "rows": []}
+    if not arguments.grid:
+        result["classifiers"] = leakage(arguments.backbone)
     print(result["machine"])
-    rows = grid_rows(arguments.grid, arguments.learned) if arguments.grid else plan(arguments.rows, arguments.backbone)
     with torch.inference_mode():
         world = models.LOADERS[arguments.backbone]()
         for row in rows:
-            measured = measure(world, row, prompts, protocol, lambda text: print(text, end="\r", flush=True))
-            measured["seconds_ratio"] = measured["seconds"] / (result["rows"] or [measured])[0]["seconds"]
+            measured = measure(world, row, protocol, lambda text: print(text, end="\r", flush=True))
+            plain = next((done for done in result["rows"] if done["group"] == row.group), measured)
+            measured["seconds_ratio"] = measured["seconds"] / plain["seconds"]
             result["rows"].append(measured)
             write_json(arguments.json, result)
-            print(f"{measured['name']}: relation {measured['relation_correct']:.3f}, exact {measured['exact']:.3f}")
+            print(f"{row.group}, {row.name}: relation {measured['relation_correct']:.3f}, exact {measured['exact']:.3f}")
     print_table(result["rows"])
+    if arguments.plot:
+        save_png(trade_off(result["rows"]), arguments.plot)
+
+
+def trade_off(rows: list[dict]) -> torch.Tensor:
+    """Relation right, exact and both objects present against gradient evaluations per picture, [H, W, 3]."""
+    ordered = sorted(rows, key=lambda row: row["gradient_evaluations"])
+    shown = {"relation right": "relation_correct", "exact": "exact", "both objects": "both_present"}
+    lines = {label: [(row["gradient_evaluations"], row[key]) for row in ordered] for label, key in shown.items()}
+    return curve_chart(lines, "Accuracy against effort", "gradient evaluations per picture", "share of prompts",
+                       y_range=(0, 1))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python dev.py bench cost --backbone unet --json FILE
 
 Each row runs in a process of its own, so that its peak is its own: a plain forward pass, one with capture, and one
-gradient evaluation with and without recomputation, at small-world size and at real width with random weights (fp32).
+gradient evaluation with and without recomputation, at small-world size and at real width with random weights (SD2.1 in
+fp32, FLUX in bf16 with 2 of its double and 4 of its single blocks).
 """
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import threading
 from pathlib import Path
 
 PASSES = ("forward", "capture", "gradient", "gradient, recomputed")
-SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²")}
+SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²"),
+         "flux": ("small world", "FLUX 2 + 4 blocks 512²", "FLUX 2 + 4 blocks 1024²")}
 
 
 class PeakMemory:
@@ -42,7 +44,7 @@ class PeakMemory:
         self._thread.join()
 
 
-def measure(size: str, kind: str, repeats: int) -> dict:
+def measure(size: str, kind: str, backbone: str, repeats: int, threads: int) -> dict:
     """Seconds (median) and bytes: weights plus the highest further use of one pass."""
     import torch
 
@@ -51,9 +53,9 @@ def measure(size: str, kind: str, repeats: int) -> dict:
     load_pack()
     from .passes import prepare
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(threads)
     with torch.inference_mode():
-        run, weights = prepare(size, kind)
+        run, weights = prepare(size, kind, backbone)
         run()  # the first pass builds what later ones reuse
         with PeakMemory() as memory:
             seconds = [run() for _ in range(repeats)]
@@ -65,14 +67,18 @@ def main() -> None:
     parser.add_argument("--backbone", choices=sorted(SIZES), default="unet")
     parser.add_argument("--sizes", nargs="+", help="only these")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "PASS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         write_result(arguments)
         return
+    import torch
+
     from .table import machine, print_table, write_json
 
+    torch.set_num_threads(arguments.threads)
     result = {"machine": machine(), "backbone": arguments.backbone, "rows": []}
     print(result["machine"])
     for size in arguments.sizes or SIZES[arguments.backbone]:
@@ -93,12 +99,14 @@ def in_own_process(arguments: argparse.Namespace, size: str, kind: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         subprocess.run([sys.executable, "-m", "benchmarks.cost", "--backbone", arguments.backbone, "--repeats",
-                        str(arguments.repeats), "--json", str(file), "--one", size, kind], check=True)
+                        str(arguments.repeats), "--threads", str(arguments.threads), "--json", str(file), "--one", size,
+                        kind], check=True)
         return json.loads(file.read_text())
 
 
 def write_result(arguments: argparse.Namespace) -> None:
-    arguments.json.write_text(json.dumps(measure(*arguments.one, arguments.repeats)))
+    measured = measure(*arguments.one, arguments.backbone, arguments.repeats, arguments.threads)
+    arguments.json.write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

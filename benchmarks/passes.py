@@ -11,12 +11,13 @@ import comfy.samplers
 import comfy.supported_models
 import torch
 from comfy.sd1_clip import SD1Tokenizer
+from comfy.text_encoders.flux import FluxTokenizer
 from learn_to_steer.classifiers.geometric import GeometricClassifier
 from learn_to_steer.steering.optimizer import SteeringSettings
 from learn_to_steer.steering.relations import build_graph
 from learn_to_steer.steering.sampling import Capture, Steering, apply_capture, apply_steering
-from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt
-from learn_to_steer.toyworld.models import load_unet_world
+from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt, encode_prompt
+from learn_to_steer.toyworld.models import LOADERS
 
 PROMPT = "a photo of a dog to the right of a teddy bear"
 SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4, 4],
@@ -24,6 +25,11 @@ SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels":
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
         "num_heads": -1, "num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True,
         "use_spatial_transformer": True, "adm_in_channels": None, "use_temporal_attention": False, "legacy": False}
+FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
+        "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True, "txt_ids_dims": [],
+        "context_in_dim": 4096, "vec_in_dim": 768, "depth": 2, "depth_single_blocks": 4, "guidance_embed": True,
+        "yak_mlp": False, "txt_norm": False}
+"""FLUX.1 dev at its width, with 2 of its 19 double blocks and 4 of its 38 single blocks."""
 
 
 def fill_alike(module: torch.nn.Module) -> None:
@@ -42,26 +48,41 @@ def random_unet(settings: dict, config=comfy.supported_models.SD20, dtype: torch
     return comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
-def conditioning(width: int) -> list:
-    prompt = TokenisedPrompt.read(PROMPT, SD1Tokenizer().tokenize_with_weights)
-    return [[torch.randn(1, len(prompt.streams["l"]), width), {CONDITIONING_KEY: prompt}]]
+def random_flux() -> comfy.model_patcher.ModelPatcher:
+    """The same for the host's FLUX, in bf16 as it is used."""
+    config = comfy.supported_models.Flux({**FLUX, "dtype": torch.bfloat16})
+    config.manual_cast_dtype = None
+    base = config.get_model({}, device="cpu")
+    fill_alike(base.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
-def prepare(size: str, kind: str) -> tuple[Callable[[], float], int]:
+def conditioning(tokenizer, stream: str, width: int, details: dict) -> list:
+    """A random encoding of PROMPT, as long as the tokenizer makes it."""
+    prompt = TokenisedPrompt.read(PROMPT, tokenizer.tokenize_with_weights)
+    return [[torch.randn(1, len(prompt.streams[stream]), width), {CONDITIONING_KEY: prompt, **details}]]
+
+
+def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[[], float], int]:
     """A function that makes one pass and returns its seconds, and the bytes of the model's weights."""
     if size == "small world":
-        model, latent, width = load_unet_world()[0], (1, None, 16, 16), 64
-    else:
+        model, clip, _ = LOADERS[backbone]()
+        shape, positive = (1, None, 16, 16), encode_prompt(clip, PROMPT)
+    elif backbone == "unet":
         side = 32 if "256" in size else 64
-        model, latent, width = random_unet(SD21), (1, 4, side, side), 1024
+        model, shape = random_unet(SD21), (1, 4, side, side)
+        positive = conditioning(SD1Tokenizer(), "l", 1024, {})
+    else:
+        side = 64 if "512" in size else 128
+        model, shape = random_flux(), (1, 16, side, side)
+        positive = conditioning(FluxTokenizer(), "t5xxl", 4096, {"pooled_output": torch.randn(1, 768), "guidance": 3.5})
     weights = sum(value.numel() * value.element_size() for value in model.model.state_dict().values())
-    return one_pass(model, latent, width, kind), weights
+    return one_pass(model, shape, positive, kind), weights
 
 
-def one_pass(model, shape: tuple, width: int, kind: str) -> Callable[[], float]:
+def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[[], float]:
     """Returns the seconds of one evaluation with the positive conditioning alone; or of the gradient evaluation before it."""
     shape = tuple(model.get_model_object("latent_format").latent_channels if n is None else n for n in shape)
-    positive = conditioning(width)
     graph = build_graph(PROMPT)
     latent = torch.zeros(shape)
     noise = torch.randn(shape)
@@ -82,7 +103,7 @@ def one_pass(model, shape: tuple, width: int, kind: str) -> Callable[[], float]:
         return denoised
 
     sampler = comfy.samplers.KSAMPLER(evaluation)
-    sigmas = torch.tensor([10.0, 0.0])
+    sigmas = torch.stack([model.get_model_object("model_sampling").sigma_max * 0.7, torch.tensor(0.0)])
 
     def run() -> float:
         comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, positive, positive, latent, disable_pbar=True, seed=0)

@@ -15,13 +15,30 @@ SHARES = ("both_present", "clean", "relation_correct", "exact")
 
 
 def accuracy_table(content: dict) -> str:
+    """Rows of several groups get a line in bold above each group."""
     head = "| | both objects | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
-    lines = [f"| {row['name']} | " + " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
-             + f" | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |" for row in content["rows"]]
+    groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
+    lines = []
+    for group in groups:
+        lines += [f"| **{group}** | | | | | | |"] if len(groups) > 1 else []
+        lines += [f"| {row['name']} | " + " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
+                  + f" | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
+                  for row in content["rows"] if row["group"] == group]
     protocol = content["protocol"]
-    said = (f"\n\n{content['rows'][0]['prompts']} prompts, {protocol['steps']} steps {protocol['sampler']} "
-            f"({protocol['scheduler']}), CFG {protocol['cfg']}, one picture a prompt. Measured on: {content['machine']}.")
+    said = (f"\n\n{content['rows'][0]['prompts']} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
+            f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, one picture a prompt. "
+            f"Measured on: {content['machine']}.")
     return head + "\n".join(lines) + said
+
+
+def leakage_table(content: dict) -> str:
+    """The classifiers' accuracy on maps of pictures inverted with true and with wrong captions."""
+    head = ("| | objects | maps of true captions | maps of wrong captions | of the latter, said the caption's word |\n"
+            "|---|---|---|---|---|\n")
+    lines = [f"| {name} | {split} | {100 * result['true caption']:.1f} % | {100 * result['wrong caption']:.1f} % | "
+             f"{100 * result['said_the_captions_word']:.1f} % |"
+             for name, results in content["classifiers"].items() for split, result in results.items()]
+    return head + "\n".join(lines)
 
 
 def cost_table(content: dict) -> str:
@@ -31,14 +48,24 @@ def cost_table(content: dict) -> str:
     return head + "\n".join(lines) + f"\n\nMeasured on: {content['machine']}."
 
 
+def blocks(path: Path) -> dict[str, str]:
+    """The tables that one result fills, by the name of their markers."""
+    content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
+    if kind == "cost":
+        return {path.stem: cost_table(content)}
+    tables = {path.stem: accuracy_table(content)}
+    if kind == "accuracy" and content["classifiers"]:
+        tables[f"leakage_{backbone}"] = leakage_table(content)
+    return tables
+
+
 def filled(text: str) -> str:
     """README's text with the block between each pair of markers made anew; a block without a result stays."""
     for path in sorted(RESULTS.glob("*.json")):
-        begin, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
-        if begin in text:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            table = accuracy_table(content) if path.stem.startswith("accuracy") else cost_table(content)
-            text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
+        for name, table in blocks(path).items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if begin in text:
+                text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
     return text
 
 

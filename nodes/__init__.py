@@ -1,7 +1,8 @@
 """What a user sees: thin shells, one list of nodes each."""
-from . import attention, classifiers, relations, steering, toyworld
+from . import attention, classifiers, relations, steering, toyworld, training
 from .classifiers import register_model_folders
 
-NODES = [*relations.NODES, *classifiers.NODES, *steering.NODES, *attention.NODES, *toyworld.NODES]
+NODES = [*relations.NODES, *classifiers.NODES, *steering.NODES, *attention.NODES, *training.NODES,
+         *toyworld.NODES]
 
 __all__ = ["NODES", "register_model_folders"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..toyworld.detector import detect, judge_relations
-from ..toyworld.models import load_unet_world
+from ..toyworld.models import LOADERS
 from .types import CATEGORY, graph_input
 
 TOY = f"{CATEGORY}/small world"
@@ -17,10 +17,11 @@ class SmallWorldLoader(io.ComfyNode):
             node_id="LearnToSteerToyLoader",
             display_name="Load Small World",
             category=TOY,
-            description="A tiny model of the Stable Diffusion family that ships with this pack, for trying steering within "
-                        "seconds on any machine: 64×64 pictures of simple objects. It draws the right things in the wrong "
-                        "places, as its big relatives do.",
-            inputs=[io.Combo.Input("backbone", options=["unet"], tooltip="Which architecture the tiny model has.")],
+            description="A tiny model that ships with this pack, for trying steering within seconds on any machine: 64×64 "
+                        "pictures of simple objects. It draws the right things in the wrong places, as its big relatives "
+                        "do.",
+            inputs=[io.Combo.Input("backbone", options=list(LOADERS), tooltip="Which architecture the tiny model has: "
+                                   "unet as Stable Diffusion 2, flux as FLUX.1 schnell.")],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="Works with every stock node."),
                 io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder, on the real CLIP tokenizer."),
@@ -30,7 +31,7 @@ class SmallWorldLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, backbone: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_unet_world())
+        return io.NodeOutput(*LOADERS[backbone]())
 
 
 class SmallWorldJudge(io.ComfyNode):

@@ -26,10 +26,10 @@ class SteeringSettings:
     """
 
     start: float = 0.0
-    end: float = 0.5
-    step_size: float = 2.0
-    max_updates: int = 3
-    stop_probability: float = 0.97
+    end: float = 0.4
+    step_size: float = 1.0
+    max_updates: int = 6
+    stop_probability: float = 0.99
     update_rule: str = "normalised"
     relations_per_update: str = "all"
     recompute: bool = False

@@ -225,6 +225,10 @@ class SteeringSession(Session):
                               tuple(self.records), notes)
 
 
+ROOM = {False: 6, True: 2}
+"""By `recompute`: memory of a gradient evaluation, as a multiple of what the host reserves for a pass."""
+
+
 @dataclass(frozen=True)
 class Capture:
     """What to record: words, window as fractions of the schedule, longer side of the maps, layers whose name contains
@@ -308,7 +312,15 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     if steering.is_off:
         return model.clone(), RunLog(unsteered=_unsteered(steering))
     runs = RunLog()
-    return _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer"), runs
+    patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer")
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "learn_to_steer",
+                                 functools.partial(_reserve_memory, ROOM[steering.settings.recompute]))
+    return patched, runs
+
+
+def _reserve_memory(room: int, executor, model, noise_shape, conds, *rest, **options):
+    """Has the host keep the memory of a gradient free beside the model, as that of a batch `room` times as large."""
+    return executor(model, [noise_shape[0] * room, *noise_shape[1:]], conds, *rest, **options)
 
 
 def _unsteered(steering: Steering) -> Run:

@@ -1,6 +1,8 @@
 """Shapes of the small models and of their files."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 FORMAT = "learn-to-steer small world 1"
 """Value of the key `format` in the metadata of an exported file."""
 
@@ -22,11 +24,15 @@ UNET_CONFIG = {
     "adm_in_channels": None, "use_temporal_attention": False, "legacy": False,
 }
 """ComfyUI's UNetModel: a 16x16 and an 8x8 level with one residual block and one transformer each."""
+UNET_SAMPLING = {"zsnr": True}
+"""Zero terminal SNR: a latent with broad areas of one colour would shine through the noisiest step of the SD schedule."""
 
 FLUX_CHANNELS = 16
 FLUX_PREFIX = "model.diffusion_model."
 FLUX_TOKENS = 32
 """The FLUX model sees the first 32 tokens; the text transformer is causal, so they do not depend on the rest."""
+FLUX_SHIFT = 10.0
+"""Of the sampling schedule towards noise (FLUX.1 dev's: 3): what stands where is decided where nine tenths are noise."""
 FLUX_CONFIG = {
     "in_channels": FLUX_CHANNELS, "out_channels": FLUX_CHANNELS, "patch_size": 2, "hidden_size": 256, "num_heads": 2,
     "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "depth": 1, "depth_single_blocks": 3,
@@ -34,3 +40,17 @@ FLUX_CONFIG = {
     "guidance_embed": False, "txt_ids_dims": [],
 }
 """ComfyUI's Flux, in a shape that the host detects from the state dict (as a FLUX.1-schnell: no guidance embedding)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the stock KSampler."""
+
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+
+
+SAMPLING = {"unet": Sampling(25, 3.0, "ddim", "ddim_uniform"), "flux": Sampling(25, 2.5, "euler", "simple")}
+"""By backbone: how the small models are sampled in workflows, benchmarks and tests."""

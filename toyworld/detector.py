@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .scenes import EXTRA_NOUNS, NOUNS, SIZES_FEW, SIZES_MANY, relation_parts, sprite, true_relations
+from .scenes import EXTRA_NOUNS, NOUNS, SIZES, relation_parts, sprite, true_relations
 
 THRESHOLD = 0.5
 """Chosen on generator pictures with noise and blur, see tests/unit/test_toyworld_detector.py."""
 OVERLAP = 0.3
 """A weaker detection that shares more than this part of the smaller box with a stronger one is dropped."""
 CANDIDATES = 48
-SIZES = range(min(SIZES_FEW + SIZES_MANY), max(SIZES_FEW + SIZES_MANY) + 1, 2)
 
 
 @dataclass(frozen=True)

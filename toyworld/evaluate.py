@@ -15,7 +15,8 @@ from standalone import prepare_host
 
 prepare_host()
 
-from .detector import detect, judge  # noqa: E402  (the host must be on the path first)
+from .config import SAMPLING  # noqa: E402  (the host must be on the path first)
+from .detector import detect, judge  # noqa: E402
 from .models import LOADERS  # noqa: E402
 from .sampling import sample_pictures  # noqa: E402
 from .scenes import relation_parts, two_object_prompts  # noqa: E402
@@ -63,20 +64,23 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a file of toyworld.train (default: the shipped one)")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--split", choices=("tune", "report"), default="report")
-    parser.add_argument("--cfg", type=float, nargs="+", default=[2.0])
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--scheduler", default="ddim_uniform")
+    usual = "default: as in the workflows"
+    parser.add_argument("--cfg", type=float, nargs="+", help=usual)
+    parser.add_argument("--steps", type=int, help=usual)
+    parser.add_argument("--sampler", help=usual)
+    parser.add_argument("--scheduler", help=usual)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--sheet", type=Path, help="write the first 50 pictures of the last row here (PNG)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     world = LOADERS[arguments.model](arguments.weights)
+    usual = SAMPLING[arguments.model]
     rows = []
-    for cfg in arguments.cfg:
-        row, images = measure(world, arguments.prompts, arguments.split, cfg, steps=arguments.steps,
-                              sampler=arguments.sampler, scheduler=arguments.scheduler)
+    for cfg in arguments.cfg or [usual.cfg]:
+        row, images = measure(world, arguments.prompts, arguments.split, cfg, steps=arguments.steps or usual.steps,
+                              sampler=arguments.sampler or usual.sampler,
+                              scheduler=arguments.scheduler or usual.scheduler)
         rows.append(row)
         print(json.dumps(row))
     if arguments.json:

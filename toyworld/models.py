@@ -15,7 +15,7 @@ import comfy.supported_models_base
 import torch
 from safetensors import safe_open
 
-from .config import FLUX_PREFIX, FLUX_TOKENS, FORMAT, LENGTH, TEXT_CONFIG, UNET_CONFIG, VOCABULARY
+from .config import FLUX_PREFIX, FLUX_SHIFT, FLUX_TOKENS, FORMAT, LENGTH, TEXT_CONFIG, UNET_CONFIG, UNET_SAMPLING, VOCABULARY
 from .latent import PATCH, PatchTransform
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -71,6 +71,15 @@ def read_summary(path: Path) -> dict:
         return json.loads(file.metadata()["training"])
 
 
+def read_kind(path: Path) -> str:
+    """Which model an exported file holds. ValueError where it is none."""
+    with safe_open(path, framework="pt") as file:
+        kind = (file.metadata() or {}).get("model")
+    if kind not in LOADERS:
+        raise ValueError(f"{path} holds no small-world model. It must be a file of `python -m toyworld.train`.")
+    return kind
+
+
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors under `prefix`, without it."""
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
@@ -117,6 +126,7 @@ def build_unet(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPat
     config = comfy.supported_models.SD20({**UNET_CONFIG, "dtype": torch.float32})
     config.unet_config["num_head_channels"] = UNET_CONFIG["num_head_channels"]
     config.latent_format = SmallWorldLatent(build_transform(tensors))
+    config.sampling_settings = UNET_SAMPLING
     model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.V_PREDICTION)
     model.diffusion_model.load_state_dict({key: value.float() for key, value in part(tensors, "unet.").items()})
     device = comfy.model_management.get_torch_device()
@@ -136,6 +146,7 @@ def build_flux(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPat
     state = {key: value for key, value in tensors.items() if key.startswith(FLUX_PREFIX)}
     options = {"dtype": torch.float32}
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, disable_dynamic=True)
+    model.model.model_sampling.set_parameters(shift=FLUX_SHIFT, multiplier=1.0)
     latent_format = model.model.latent_format
     latent_format.spacial_downscale_ratio = PATCH
     transform = build_transform(tensors).rescaled(1 / latent_format.scale_factor,

@@ -22,11 +22,13 @@ class FlatMuon(torch.optim.Muon):
         return super().step(closure)
 
 
-def split_optimizers(module: nn.Module, lr: float, outside: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for every matrix and convolution whose name holds none of `outside`, AdamW for what is left."""
+def split_optimizers(module: nn.Module, rates: tuple[float, float], outside: tuple[str, ...]
+                     ) -> list[torch.optim.Optimizer]:
+    """Muon for every matrix and convolution whose name holds none of `outside`, AdamW for what is left; their rates."""
     matrices, rest = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             inside = parameter.ndim >= 2 and not any(word in name for word in outside)
             (matrices if inside else rest).append(parameter)
-    return [FlatMuon(matrices, lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)]
+    return [FlatMuon(matrices, rates[0]),
+            torch.optim.AdamW(rest, lr=rates[1], betas=(0.9, 0.99), weight_decay=0.01, foreach=True)]

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from .config import END, FLUX_CHANNELS, FLUX_CONFIG, FLUX_TOKENS, UNET_CHANNELS, UNET_CONFIG
+from .config import END, FLUX_CHANNELS, FLUX_CONFIG, FLUX_TOKENS, UNET_CHANNELS, UNET_CONFIG, UNET_SAMPLING
 from .latent import PatchTransform
 from .optimizers import split_optimizers
-from .scenes import random_scene
+from .scenes import FLUX_LAYOUT, NOUNS, UNET_LAYOUT, Layout, random_scene
 from .text import TextTransformer, WordTokenizer
 
 EMPTY_CAPTIONS = 0.1
 """Share of captions left empty, for classifier-free guidance."""
-PEAK_RATE = 1e-3
-"""Learning rate of every optimiser before the decay."""
 HIGH_NOISE = 1.5
 """Above 1, the UNet sees noisy steps more often than clean ones."""
+FLUX_NOISE = 2.3
+"""Mean of the logit of FLUX's times: where objects are decided, since they are few and stand out of much noise."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,15 @@ class Batch:
     rows: torch.Tensor
 
 
-def draw_batch(rng: np.random.Generator, size: int, transform: PatchTransform, tokenizer: WordTokenizer) -> Batch:
-    """`size` new random scenes; a tenth of the captions is empty."""
-    scenes = [random_scene(rng) for _ in range(size)]
+def draw_batch(rng: np.random.Generator, size: int, layout: Layout, transform: PatchTransform,
+               tokenizer: WordTokenizer, nouns: tuple[str, ...] = NOUNS, featured: str | None = None,
+               share: float = 0.0) -> Batch:
+    """`size` new random scenes, a `share` of them with the `featured` noun; a tenth of the captions is empty."""
+    scenes = []
+    while len(scenes) < size:
+        scene = random_scene(rng, nouns=nouns, layout=layout)
+        if len(scenes) >= share * size or featured in {item.noun for item in scene.objects}:
+            scenes.append(scene)
     captions = ["" if rng.random() < EMPTY_CAPTIONS else scene.caption for scene in scenes]
     pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
@@ -69,6 +75,8 @@ class UNetRecipe:
     """v-prediction on Stable Diffusion's noise schedule; the text transformer is trained along."""
 
     name = "unet"
+    layout = UNET_LAYOUT
+    peak_rates = (1e-3, 1e-3)
     channels = UNET_CHANNELS
 
     def __init__(self, tokenizer: WordTokenizer) -> None:
@@ -80,11 +88,11 @@ class UNetRecipe:
         nn.init.zeros_(self.unet.out[-1].weight)
         self.text = TextTransformer(len(tokenizer.ids))
         self.modules = nn.ModuleDict({"unet": self.unet, "text": self.text})
-        self.sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+        self.sigmas = comfy.model_sampling.ModelSamplingDiscrete(**UNET_SAMPLING).sigmas
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("embedding", "time_embed", "emb_layers", "unet.input_blocks.0.0", "unet.out.")
-        return split_optimizers(self.modules, PEAK_RATE, outside)
+        return split_optimizers(self.modules, self.peak_rates, outside)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
@@ -110,6 +118,8 @@ class FluxRecipe:
     """
 
     name = "flux"
+    layout = FLUX_LAYOUT
+    peak_rates = (5e-3, 1.5e-3)
     channels = FLUX_CHANNELS
 
     def __init__(self, tokenizer: WordTokenizer, text_weights: dict[str, torch.Tensor]) -> None:
@@ -130,12 +140,12 @@ class FluxRecipe:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("mod", "img_in", "txt_in", "time_in", "vector_in", "final_layer")
-        return split_optimizers(self.flux, PEAK_RATE, outside)
+        return split_optimizers(self.flux, self.peak_rates, outside)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
         strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
-        times = torch.sigmoid(torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)))
+        times = torch.sigmoid(torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)) + FLUX_NOISE)
         share = times.view(-1, 1, 1, 1)
         noise = torch.randn(batch.latents.shape, generator=generator)
         noisy = (1 - share) * batch.latents + share * noise

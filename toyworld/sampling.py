@@ -21,15 +21,16 @@ def sample_latents(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP,
     channels = model.get_model_object("latent_format").latent_channels
     noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, channels, LATENT_SIZE, LATENT_SIZE), seed)
                        for seed in seeds])
-    positive = [[torch.cat([_encode(clip, prompt)[0] for prompt in prompts]), {}]]
-    negative = [[_encode(clip, "")[0], {}]]
+    positive, negative = _encode(clip, prompts), _encode(clip, [""])
     return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative,
                                torch.zeros_like(noise), disable_pbar=True, seed=seeds[0])
 
 
-def _encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, dict]:
-    (hidden, details), = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return hidden, details
+def _encode(clip: comfy.sd.CLIP, texts: Sequence[str]) -> list:
+    """One conditioning for the whole batch."""
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in texts]
+    pooled = torch.cat([details["pooled_output"] for _, details in encoded])
+    return [[torch.cat([hidden for hidden, _ in encoded]), {"pooled_output": pooled}]]
 
 
 def sample_pictures(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE,

@@ -21,11 +21,28 @@ HELD_OUT_NOUNS = ("giraffe", "apple", "clock")
 
 IMAGE_SIZE = 64
 MIN_GAP = 2
-GRID = 4
-"""Boxes begin at multiples of this, the patch size of the latent: the models then learn the shapes much faster."""
-SIZES_FEW = (14, 18, 22)
-SIZES_MANY = (12, 16)
-"""Longest side in pixels: with one or two objects, and with three to five."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where objects may stand and how large they are, in pixels.
+
+    Boxes begin at multiples of `grid`: a model whose patches have that size learns the shapes much faster. `few` are
+    the longest sides with one or two objects, `many` those with three to five.
+    """
+
+    grid: int
+    few: tuple[int, ...]
+    many: tuple[int, ...]
+
+
+UNET_LAYOUT = Layout(4, (14, 18, 22), (12, 16))
+FLUX_LAYOUT = Layout(8, (16, 22), (16,))
+"""An easier world, since FLUX learns about ten times slower than the UNet: every object begins with an image token."""
+LAYOUTS = {"unet": UNET_LAYOUT, "flux": FLUX_LAYOUT}
+"""By backbone."""
+SIZES = tuple(range(12, 23, 2))
+"""Longest sides that the detector looks for."""
 
 CARDINALS = ("to the left of", "to the right of", "above", "below")
 DIAGONALS = ("above and to the left of", "above and to the right of", "below and to the left of",
@@ -124,15 +141,16 @@ def render(objects: tuple[PlacedObject, ...], sizes: tuple[int, ...], canvas: np
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
 
 
-def _place(rng: np.random.Generator, nouns: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[PlacedObject, ...]:
+def _place(rng: np.random.Generator, nouns: tuple[str, ...], sizes: tuple[int, ...],
+           grid: int) -> tuple[PlacedObject, ...]:
     """Boxes drawn uniformly on the grid, MIN_GAP pixels apart along one axis; starts anew when it gets stuck."""
     while True:
         placed: list[PlacedObject] = []
         for noun, size in zip(nouns, sizes, strict=True):
             height, width = sprite(noun, size)[0].shape[:2]
             for _ in range(60):
-                x0 = GRID * int(rng.integers((IMAGE_SIZE - width) // GRID + 1))
-                y0 = GRID * int(rng.integers((IMAGE_SIZE - height) // GRID + 1))
+                x0 = grid * int(rng.integers((IMAGE_SIZE - width) // grid + 1))
+                y0 = grid * int(rng.integers((IMAGE_SIZE - height) // grid + 1))
                 box = (x0, y0, x0 + width, y0 + height)
                 if all(_apart(box, other.box) for other in placed):
                     placed.append(PlacedObject(noun, box))
@@ -216,17 +234,18 @@ def _caption(rng: np.random.Generator, objects: tuple[PlacedObject, ...]) -> str
     return f"a photo of {text}" if rng.random() < 0.3 else text
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tuple[str, ...] = NOUNS) -> Scene:
+def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tuple[str, ...] = NOUNS,
+                 layout: Layout = UNET_LAYOUT) -> Scene:
     """A random scene of `count` different objects out of `nouns`; without a count as in training (1 to 5, mostly 2)."""
     if count is None:
         draw = rng.random()
         count = 1 if draw < 0.12 else 2 if draw < 0.85 else int(rng.integers(3, 6))
     if not 1 <= count <= min(5, len(nouns)):
         raise ValueError(f"count must be 1 to {min(5, len(nouns))}, got {count}")
-    choice = SIZES_FEW if count <= 2 else SIZES_MANY
+    choice = layout.few if count <= 2 else layout.many
     chosen = tuple(nouns[i] for i in rng.permutation(len(nouns))[:count])
     sizes = tuple(choice[k] for k in rng.integers(len(choice), size=count))
-    objects = _place(rng, chosen, sizes)
+    objects = _place(rng, chosen, sizes, layout.grid)
     return Scene(render(objects, sizes, background(rng)), objects, _caption(rng, objects))
 
 
@@ -248,12 +267,15 @@ SPLIT_SEEDS = {"tune": 1_000_003, "report": 2_000_003}
 
 
 def two_object_prompts(count: int, split: str = "report", nouns: tuple[str, ...] = NOUNS,
-                       relations: tuple[str, ...] = CARDINALS) -> list[Prompt]:
-    """`count` prompts with a fixed order: ordered pairs of nouns (each split its own half), relations in turn."""
+                       relations: tuple[str, ...] = CARDINALS, featured: tuple[str, ...] = ()) -> list[Prompt]:
+    """`count` prompts with a fixed order: ordered pairs of nouns (each split its own half), relations in turn.
+
+    With `featured` nouns, at least one of each pair is one of them.
+    """
     if split not in SPLIT_SEEDS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_SEEDS)}, got {split!r}")
     pairs = [(a, b) for i, a in enumerate(nouns) for j, b in enumerate(nouns)
-             if a != b and (i + j) % 2 == (split == "tune")]
+             if a != b and (i + j) % 2 == (split == "tune") and (not featured or {a, b} & set(featured))]
     rng = np.random.default_rng(SPLIT_SEEDS[split])
     prompts: list[Prompt] = []
     while len(prompts) < count:

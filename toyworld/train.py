@@ -24,7 +24,7 @@ prepare_host()
 from .export import export  # noqa: E402  (the host must be on the path first)
 from .latent import fit_patch_transform  # noqa: E402
 from .models import WEIGHTS, part, read_weights  # noqa: E402
-from .recipes import PEAK_RATE, FluxRecipe, UNetRecipe, draw_batch  # noqa: E402
+from .recipes import FluxRecipe, UNetRecipe, draw_batch  # noqa: E402
 from .text import WordTokenizer  # noqa: E402
 
 MODELS = ("unet", "flux")
@@ -51,9 +51,9 @@ class Clock:
         return self.seconds / (60 * self.minutes)
 
     def learning_rate(self) -> float:
-        """Warm-up over 200 steps, flat up to 40 % of the run, then a cosine down to 2 %."""
+        """As a share of the peak: warm-up over 200 steps, flat up to 40 % of the run, then a cosine down to 2 %."""
         rest = min(1.0, max(0.0, (self.progress - 0.4) / 0.6))
-        return PEAK_RATE * min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * rest)))
+        return min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * rest)))
 
 
 def build_recipe(name: str, tokenizer: WordTokenizer) -> UNetRecipe | FluxRecipe:
@@ -83,15 +83,15 @@ class Run:
 
     def step(self) -> float:
         started = time.monotonic()
-        batch = draw_batch(self.rng, BATCH, self.transform, self.tokenizer)
+        batch = draw_batch(self.rng, BATCH, self.recipe.layout, self.transform, self.tokenizer)
         self.recipe.modules.zero_grad(set_to_none=True)
         with torch.autograd.graph.allow_mutation_on_saved_tensors():  # FLUX adds in place
             loss = self.recipe.loss(batch, self.generator)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
+        for optimizer, peak in zip(self.optimizers, self.recipe.peak_rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.clock.learning_rate()
+                group["lr"] = peak * self.clock.learning_rate()
             optimizer.step()
         self.clock.step += 1
         decay = min(0.998, (1 + self.clock.step) / (10 + self.clock.step))
@@ -140,7 +140,7 @@ def train(run: Run) -> None:
             now = time.monotonic()
             rate = (clock.step - first) * BATCH / (now - started)
             line = {"step": clock.step, "pictures": clock.step * BATCH, "loss": round(sum(recent) / len(recent), 5),
-                    "lr": clock.learning_rate(), "pictures_per_second": round(rate, 1),
+                    "rate": round(clock.learning_rate(), 4), "pictures_per_second": round(rate, 1),
                     "minutes": round(clock.seconds / 60, 2)}
             recent = []
             with open(run.folder / "log.jsonl", "a", encoding="utf-8") as log:

@@ -17,7 +17,7 @@ from .dataset import Progress, RelationDataset, build_dataset
 from .gqa import read_gqa
 from .inversion import InversionSettings, Inverter
 from .models import load_models
-from .small_world import DrawnScenes, GeneratedPictures
+from .small_world import LAYOUTS_BY_BACKBONE, DrawnScenes, GeneratedPictures
 from .sources import SPLITS, Quota, Source, read_folder
 from .storage import TrainingError
 from .trainer import CLASSIFIER_FILE, TrainingProgress, TrainingRun, TrainingSettings
@@ -61,7 +61,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="small-world", metavar="FILE",
-                       help="small-world (default), small-world:FILE, a checkpoint file, or a diffusion model file")
+                       help="small-world (default), small-world:flux, small-world:FILE, a checkpoint file, or a diffusion "
+                            "model file")
     model.add_argument("--clip", nargs="+", type=Path, help="text encoder files of a diffusion model file")
     model.add_argument("--clip-type", default="flux", help="kind of text encoder, as in the host's Load CLIP")
     model.add_argument("--vae", type=Path, help="VAE file of a diffusion model file")
@@ -134,9 +135,10 @@ def _source(given: argparse.Namespace, models: tuple) -> Source:
     if given.source in ("drawn", "generated"):
         if given.per_relation is None:
             raise TrainingError(f"--source {given.source} needs --per-relation TRAIN VALIDATION TEST.")
+        backbone = find_backbone(models[0].model.diffusion_model).name
         if given.source == "drawn":
-            return DrawnScenes(per_relation, given.seed)
-        return GeneratedPictures(models, per_relation, given.seed)
+            return DrawnScenes(per_relation, given.seed, layout=LAYOUTS_BY_BACKBONE[backbone])
+        return GeneratedPictures(models, per_relation, given.seed, backbone=backbone)
     quota = Quota(per_relation, tuple(given.per_relation or (0.8, 0.1, 0.1)), given.seed)
     if given.pictures is None or not given.pictures.is_dir():
         raise TrainingError(f"--source {given.source} needs --pictures with the folder of the picture files.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import comfy.sd
 import comfy.utils
 
-from ..toyworld.models import load_unet_world
+from ..toyworld.models import LOADERS, read_kind
 from .storage import TrainingError
 
 SMALL_WORLD = "small-world"
@@ -16,12 +16,14 @@ SMALL_WORLD = "small-world"
 def load_models(model: str, clip: Sequence[Path] | None, clip_type: str, vae: Path | None) -> tuple:
     """MODEL, CLIP, VAE.
 
-    model: "small-world" (with ":FILE": other weights of it), a checkpoint file with everything inside, or with `clip`
-    and `vae` a diffusion model file. Raises TrainingError where files are missing.
+    model: "small-world" (":flux": the small FLUX; ":FILE": other weights of either), a checkpoint file with everything
+    inside, or with `clip` and `vae` a diffusion model file. Raises TrainingError where files are missing.
     """
-    name, _, path = model.partition(":")
+    name, _, which = model.partition(":")
+    if name == SMALL_WORLD and (not which or which in LOADERS):
+        return LOADERS[which or "unet"]()
     if name == SMALL_WORLD:
-        return load_unet_world(Path(path) if path else None)
+        return LOADERS[read_kind(Path(which))](Path(which))
     missing = [str(file) for file in (Path(model), *(clip or ()), *([vae] if vae else ())) if not Path(file).is_file()]
     if missing:
         raise TrainingError(f"There is no file {', '.join(missing)}.")

@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 
 from ..steering.predicates import RELATIONS
+from ..toyworld.config import SAMPLING, Sampling
 from ..toyworld.detector import detect
 from ..toyworld.sampling import sample_pictures
-from ..toyworld.scenes import NOUNS, Prompt, random_scene, true_relations, with_article
+from ..toyworld.scenes import LAYOUTS, NOUNS, UNET_LAYOUT, Layout, Prompt, random_scene, true_relations, with_article
 from .sources import SPLITS, Candidate, Drop, Example
 
+MODELS = {"unet": "unet", "mmdit": "flux"}
+"""The small model of each backbone."""
+LAYOUTS_BY_BACKBONE = {backbone: LAYOUTS[model] for backbone, model in MODELS.items()}
 LICENCE = "pictures: made by this project from Noto Color Emoji, SIL Open Font License 1.1"
 
 
@@ -32,11 +36,12 @@ class DrawnScenes:
     per_relation: Mapping[str, int | None]
     seed: int = 0
     nouns: tuple[str, ...] = NOUNS
+    layout: Layout = UNET_LAYOUT
     licence: str = field(default=LICENCE, init=False)
 
     def describe(self) -> dict:
         return {"kind": "small world, drawn", "per_relation": dict(self.per_relation), "seed": self.seed,
-                "nouns": list(self.nouns)}
+                "nouns": list(self.nouns), "grid": self.layout.grid, "sizes": list(self.layout.few)}
 
     def candidates(self) -> list[Candidate]:
         return _counted(self.per_relation, "drawn")
@@ -48,7 +53,7 @@ class DrawnScenes:
         rng = _random(self.seed, candidate)
         wanted = RELATIONS[candidate.number % len(RELATIONS)]
         while True:
-            scene = random_scene(rng, 2, self.nouns)
+            scene = random_scene(rng, 2, self.nouns, self.layout)
             for subject, other in (scene.objects, scene.objects[::-1]):
                 if true_relations(subject.box, other.box) == {wanted}:
                     image = torch.from_numpy(scene.image).float() / 255
@@ -59,29 +64,31 @@ class DrawnScenes:
 class GeneratedPictures:
     """Pictures that the small model itself makes of prompts, labelled by what the exact detector finds.
 
-    world: MODEL, CLIP, VAE. A picture counts when both objects are there once, nothing else is, and exactly one
-    relation holds; whether it is the prompt's does not matter.
+    world: MODEL, CLIP, VAE; backbone: its backbone's name. A picture counts when both objects are there once, nothing
+    else is, and exactly one relation holds; whether it is the prompt's does not matter.
     """
 
     world: tuple
     per_relation: Mapping[str, int | None]
     seed: int = 0
-    cfg: float = 2.0
-    steps: int = 25
+    backbone: str = "unet"
     nouns: tuple[str, ...] = NOUNS
     licence: str = field(default=LICENCE, init=False)
 
     def describe(self) -> dict:
         return {"kind": "small world, generated and verified", "per_relation": dict(self.per_relation),
-                "seed": self.seed, "cfg": self.cfg, "steps": self.steps, "nouns": list(self.nouns)}
+                "seed": self.seed, "sampling": asdict(self._sampling), "nouns": list(self.nouns)}
+
+    @property
+    def _sampling(self) -> Sampling:
+        return SAMPLING[MODELS[self.backbone]]
 
     def candidates(self) -> list[Candidate]:
         return _counted(self.per_relation, "generated")
 
     def open(self, candidates: Sequence[Candidate]) -> list[Example | Drop]:
         prompts, seeds = zip(*(self._prompt(candidate) for candidate in candidates), strict=True)
-        images = sample_pictures(*self.world, [prompt.text for prompt in prompts], list(seeds), self.cfg,
-                                 steps=self.steps)
+        images = sample_pictures(*self.world, [prompt.text for prompt in prompts], list(seeds), **asdict(self._sampling))
         return [_label(*made) for made in zip(candidates, prompts, images, detect(images), strict=True)]
 
     def _prompt(self, candidate: Candidate) -> tuple[Prompt, int]:

@@ -142,6 +142,7 @@ class TrainingRun:
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             self.network = RelationNetwork(self.config, self.layout.channels, len(RELATIONS)).to(self.device)
+        self._fit_first_layer()
         settings = self.settings
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate,
                                            weight_decay=settings.weight_decay)
@@ -151,6 +152,21 @@ class TrainingRun:
         self.best: dict[str, Tensor] = {}
         if (self.folder / "state.pt").exists():
             self._load()
+
+    @torch.no_grad()
+    def _fit_first_layer(self) -> None:
+        """Scales the start weights of the first layer to unit output on the data.
+
+        Maps sum to 1, so their cells are about 1/256: with the usual start weights they drown in the position codes,
+        and nothing is learnt for many epochs.
+        """
+        items = self.chosen["train"][::max(1, len(self.chosen["train"]) // 256)][:256]
+        maps = torch.cat(self.data["train"].batch(items, self.device)[:2]).flatten(2)
+        extractor = self.network.object_extractor
+        layer = self.network.relation_classifier.projection if extractor is None else extractor.input_projection
+        spread = (maps - maps.mean(dim=(0, 1))) @ (layer.weight.T if extractor is not None else
+                                                   layer.weight[:, :maps.shape[2]].T)
+        layer.weight.div_(spread.std().clamp_min(1e-8))
 
     @property
     def best_epoch(self) -> int:

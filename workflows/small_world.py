@@ -4,10 +4,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from toyworld.config import SAMPLING
+
 from .sheet import Group, Node, Note, Output, Sheet, read_note
 
-SAMPLING = {"steps": 25, "cfg": 2.0, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
-SEED, MULTI_SEED = 20, 77  # chosen: wrong without steering, right and clean with it
+SEED, MULTI_SEED, FLUX_SEED = 1, 77, 1  # chosen: wrong without steering, right and clean with it
+PROMPT = "a photo of a dog to the right of a teddy bear"
+MULTI_PROMPT = "a photo of a dog to the left of a cat and an apple above the cat"
 GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
 
 
@@ -17,9 +20,9 @@ def enlarged(sheet: Sheet, image: Output) -> Node:
                       height_=512, crop="disabled")
 
 
-def start(sheet: Sheet, note: Note, prompt: str) -> tuple[Node, Node, Node, Node]:
+def start(sheet: Sheet, note: Note, prompt: str, backbone: str) -> tuple[Node, Node, Node, Node]:
     """The columns that both lines share: (loader, graph, negative, latent)."""
-    loader = sheet.node("LearnToSteerToyLoader")
+    loader = sheet.node("LearnToSteerToyLoader", backbone=backbone)
     graph = sheet.node("LearnToSteerGraph", "Prompt", width=420, clip=loader["clip"], prompt=prompt)
     negative = sheet.node("CLIPTextEncode", "Negative prompt (empty)", width=420, clip=loader["clip"], text="")
     latent = sheet.node("EmptyLatentImage", width=300, width_=64, height_=64)
@@ -28,11 +31,12 @@ def start(sheet: Sheet, note: Note, prompt: str) -> tuple[Node, Node, Node, Node
     return loader, graph, negative, latent
 
 
-def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, seed: int, steered: bool) -> list[list[Node]]:
+def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, sampling: Mapping[str, Any],
+         steered: bool) -> list[list[Node]]:
     """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes."""
     loader, graph, negative, latent = parts
     capture = sheet.node("LearnToSteerCapture", model=loader["model"], graph=graph["graph"])
-    common = {**SAMPLING, "seed": seed, "model": capture["model"], "positive": graph["positive"],
+    common = {**sampling, "model": capture["model"], "positive": graph["positive"],
               "negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
     first, behind = [capture], []
     if steered:
@@ -58,21 +62,49 @@ def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, seed: in
     return [first, [sampler], [maps, decoded, picture], [saved, judge], [overlay, saved_overlay], *behind]
 
 
-def steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
+def two_lines(name: str, object_info: Mapping[str, Any], prompt: str, seed: int, backbone: str = "unet",
+              note_height: int = 380) -> Sheet:
+    """The same prompt and seed without and with steering."""
     sheet = Sheet(name, object_info)
-    parts = start(sheet, Note(read_note(name), 440, 380), "a photo of a dog to the right of a teddy bear")
-    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", SEED, False), RED),
-                 Group("With steering, the same seed", line(sheet, parts, "steered", SEED, True), BLUE))
+    parts = start(sheet, Note(read_note(name), 440, note_height), prompt, backbone)
+    chosen = SAMPLING[backbone]
+    sampling = {"seed": seed, "steps": chosen.steps, "cfg": chosen.cfg, "sampler_name": chosen.sampler,
+                "scheduler": chosen.scheduler}
+    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", sampling, False), RED),
+                 Group("With steering, the same seed", line(sheet, parts, "steered", sampling, True), BLUE))
     return sheet
+
+
+def steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    return two_lines(name, object_info, PROMPT, SEED)
 
 
 def multi_relation(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    return two_lines(name, object_info, MULTI_PROMPT, MULTI_SEED, note_height=320)
+
+
+def flux_steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    return two_lines(name, object_info, PROMPT, FLUX_SEED, "flux", 320)
+
+
+def train(name: str, object_info: Mapping[str, Any]) -> Sheet:
+    """Pictures, dataset, classifier, file."""
     sheet = Sheet(name, object_info)
-    prompt = "a photo of a dog to the left of a cat and an apple above the cat"
-    parts = start(sheet, Note(read_note(name), 440, 320), prompt)
-    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", MULTI_SEED, False), RED),
-                 Group("With steering, the same seed", line(sheet, parts, "steered", MULTI_SEED, True), BLUE))
+    loader = sheet.node("LearnToSteerToyLoader", width=320, backbone="unet")
+    dataset = sheet.node("LearnToSteerDatasetBuilder", width=420, model=loader["model"], clip=loader["clip"],
+                         vae=loader["vae"], name="small_world", train_per_relation=24, validation_per_relation=4,
+                         test_per_relation=4, steps=10, iterations=2, batch=16)
+    trained = sheet.node("LearnToSteerTrain", width=420, dataset=dataset["dataset"], name="small_world",
+                         learning_rate=0.0003, epochs=12, width_=64)
+    loss = sheet.node("PreviewImage", "Loss", width=420, extra_height=120, images=trained["loss"])
+    confusion = sheet.node("PreviewImage", "Confusion matrix", width=420, extra_height=120, images=trained["confusion"])
+    saved = sheet.node("LearnToSteerSaveClassifier", width=360, classifier=trained["classifier"], name="small_world",
+                       overwrite=True)
+    sheet.column(Group("Read me", [[Note(read_note(name), 480, 460)]], "#b58b2a"), Group("Model", [[loader]]))
+    sheet.column(Group("Pictures to attention maps", [[dataset]], GREEN))
+    sheet.column(Group("Attention maps to a classifier", [[trained, saved], [loss], [confusion]], BLUE))
     return sheet
 
 
-SHEETS = {"toyworld_steering": steering, "toyworld_multi_relation": multi_relation}
+SHEETS = {"toyworld_steering": steering, "toyworld_multi_relation": multi_relation,
+          "toyworld_flux_steering": flux_steering, "train_relation_classifier": train}

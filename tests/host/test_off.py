@@ -82,7 +82,7 @@ class Failing(GeometricClassifier):
 
 
 def test_after_success_the_model_is_as_it_was(scene: Scene):
-    before, plain = state(scene.model), scene.sample()
+    plain, before = scene.sample(), state(scene.model)  # the first load adds attributes of the host's own
     for recompute in (False, True):
         scene.sample(apply_steering(scene.model, scene.steering(stop_probability=1.0, recompute=recompute))[0])
     assert_same(before, state(scene.model))
@@ -90,7 +90,7 @@ def test_after_success_the_model_is_as_it_was(scene: Scene):
 
 
 def test_after_an_exception_in_the_classifier(scene: Scene):
-    before, plain = state(scene.model), scene.sample()
+    plain, before = scene.sample(), state(scene.model)  # the first load adds attributes of the host's own
     patched, runs = apply_steering(scene.model, scene.steering(Failing()))
     with pytest.raises(RuntimeError, match="the classifier fails"):
         scene.sample(patched)
@@ -100,7 +100,7 @@ def test_after_an_exception_in_the_classifier(scene: Scene):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_after_an_exception_in_the_model(scene: Scene, recompute: bool):
-    before, plain = state(scene.model), scene.sample()
+    plain, before = scene.sample(), state(scene.model)  # the first load adds attributes of the host's own
     broken = scene.model.clone()
 
     def fail(n, context, value, options):
@@ -116,7 +116,7 @@ def test_after_an_exception_in_the_model(scene: Scene, recompute: bool):
 
 
 def test_an_interrupt_is_honoured_between_updates(scene: Scene):
-    before, plain, seen = state(scene.model), scene.sample(), []
+    plain, before, seen = scene.sample(), state(scene.model), []
 
     def interrupt(record):
         seen.append(record)
@@ -172,3 +172,21 @@ def test_several_relations_take_turns(scene: Scene):
     together, _ = apply_steering(scene.model, scene.steering(graph=graph, stop_probability=1.0, max_updates=1))
     assert not torch.equal(scene.sample(one), scene.sample(together))
     assert all(len(record.probability[0]) == 2 for record in runs.last.report.records)
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 6), (True, 2)])
+def test_the_host_is_asked_to_keep_the_gradients_memory_free(scene: Scene, monkeypatch, recompute: bool, times: int):
+    """The host reserves memory by the size of the batch; it must count on a larger one while we steer, and only then."""
+    asked: list[float] = []
+    load = comfy.model_management.load_models_gpu
+
+    def note(models, memory_required=0, **options):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **options)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    scene.sample()
+    patched, _ = apply_steering(scene.model, scene.steering(recompute=recompute))
+    scene.sample(patched)
+    plain, steered = (value for value in asked if value)
+    assert steered == pytest.approx(times * plain, rel=1e-6)

@@ -41,7 +41,7 @@ def ids(files: list[Path]) -> list[str]:
 
 
 def test_every_workflow_is_there():
-    assert {file.stem for file in FILES} >= {*MISSING, "toyworld_steering", "toyworld_multi_relation"}
+    assert {file.stem for file in FILES} >= {*MISSING, *SHEETS}
     assert {file.stem for file in LARGE} == {*MISSING}
 
 
@@ -91,6 +91,22 @@ def test_small_world_runs_unmodified(file: Path, server, object_info: dict, tmp_
     assert {*texts} == {"LearnToSteerGraph", "LearnToSteerReport", "LearnToSteerToyJudge"}
     assert "gradient evaluations" in texts["LearnToSteerReport"]
     assert texts["LearnToSteerToyJudge"].startswith("seen: ")
+
+
+def test_training_ends_in_a_file_that_the_loader_lists(server, object_info: dict):
+    prompt = read(FOLDER / "train_relation_classifier.json", object_info)
+    small = {"train_per_relation": 2, "validation_per_relation": 1, "test_per_relation": 1, "steps": 4, "iterations": 1,
+             "epochs": 2}
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in small.items() if name in node["inputs"]}
+    result = server.client.run(prompt, timeout=600)
+    shown = {prompt[node_id]["_meta"]["title"] for node_id in result.outputs if result.images(node_id)}
+    assert shown == {"Confusion matrix", "Loss"}
+    file = server.base / "models" / "relation_classifiers" / "small_world.safetensors"
+    assert file.is_file()
+    listed = server.client.object_info("LearnToSteerClassifierLoader")["LearnToSteerClassifierLoader"]["input"]["required"]
+    assert "small_world.safetensors" in str(listed)
+    file.unlink()
 
 
 def with_small_world(prompt: dict) -> dict:

@@ -1,0 +1,137 @@
+"""Pictures of GenEval's or the paper's prompts through any running ComfyUI, in the folders that GenEval's evaluator reads.
+
+    python dev.py bench geneval --server URL --workflow FILE --prompts FILE --out DIR
+
+Prompts: GenEval's evaluation_metadata.jsonl (only its "position" prompts, or those of --tags), or a text file with one
+prompt a line. Writes DIR/00000/metadata.jsonl and DIR/00000/samples/00000.png, ...; the same command goes on where it was
+stopped. The workflow may be a saved one or in API format: the prompt goes into every text field of the node titled
+--prompt-title, the seed into every seed field, and the picture comes from the SaveImage node titled --picture-title.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from devtools.client import Client, ServerError
+from devtools.workflow import WorkflowError, set_seeds, set_text, to_prompt
+from steering.relations import build_graph
+
+SHORT = {"to the left of": "left of", "to the right of": "right of", "above": "above", "below": "below"}
+"""Our names of the relations to GenEval's."""
+
+
+class GenevalError(ValueError):
+    """A file that cannot be used; the message says which, and why."""
+
+
+def read_prompts(path: Path, tags: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One metadata record per prompt, in the file's order: GenEval's own, or made from a prompt's relations."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if path.suffix.lower() not in (".jsonl", ".json"):
+            records.append(record(line.strip()))
+            continue
+        try:
+            entry = json.loads(line)
+            wanted = not tags or entry.get("tag") in tags
+            if not isinstance(entry["prompt"], str):
+                raise TypeError("its prompt is no text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise GenevalError(f"{path}, line {number}: not a GenEval record ({error}). Each line must be JSON with a "
+                               "prompt.") from error
+        if wanted:
+            records.append(entry)
+    if not records:
+        raise GenevalError(f"{path} has no prompt" + (f" with the tag {' or '.join(tags)}." if tags else "."))
+    return records
+
+
+def record(prompt: str) -> dict[str, Any]:
+    """GenEval's record of a prompt. An object has one position there: that of its first relation."""
+    graph = build_graph(prompt)
+    include = [{"class": phrase, "count": 1} for phrase in graph.phrases]
+    for relation in graph.relations:
+        entry = include[graph.phrases.index(relation.subject)]
+        entry.setdefault("position", [SHORT[relation.predicates[0]], graph.phrases.index(relation.object)])
+    return {"tag": "position", "include": include, "prompt": prompt}
+
+
+def picture_node(prompt: Mapping[str, Any], title: str | None) -> str:
+    """The id of the node whose picture counts."""
+    saving = {node_id: node.get("_meta", {}).get("title") or node["class_type"] for node_id, node in prompt.items()
+              if node["class_type"] in ("SaveImage", "PreviewImage")}
+    found = [node_id for node_id, name in saving.items() if title in (None, name)]
+    if len(found) != 1:
+        named = ", ".join(repr(name) for name in saving.values()) or "none"
+        raise WorkflowError(f"{len(found)} nodes save the picture{f' titled {title!r}' if title else ''}; there must be one. "
+                            f"Choose with --picture-title; the workflow has: {named}.")
+    return found[0]
+
+
+def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], out: Path, samples: int, seed: int,
+             prompt_title: str, picture_title: str | None) -> int:
+    """Makes what is not there yet; returns how many pictures were made. Sample k of every prompt has seed `seed` + k."""
+    object_info = client.object_info()
+    made = 0
+    for index, entry in enumerate(records):
+        folder = out / f"{index:05}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        keep(folder / "metadata.jsonl", json.dumps(entry).encode() + b"\n")
+        for sample in range(samples):
+            file = folder / "samples" / f"{sample:05}.png"
+            if file.exists():
+                continue
+            prompt = to_prompt(workflow, object_info)
+            set_text(prompt, object_info, prompt_title, entry["prompt"])
+            set_seeds(prompt, seed + sample)
+            node = picture_node(prompt, picture_title)
+            pictures = client.run(prompt).images(node)
+            if not pictures:
+                raise WorkflowError(f"Node {node} sent no picture; the server answers a repeated prompt from its cache "
+                                    "only while it keeps its files.")
+            aside = file.with_suffix(".part")
+            aside.write_bytes(client.image(pictures[0]))
+            aside.replace(file)
+            made += 1
+            print(f"{folder.name}/{file.name}: {entry['prompt']} (seed {seed + sample})", flush=True)
+    return made
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Writes a record. GenevalError where the folder already holds another prompt's."""
+    if file.exists() and json.loads(file.read_bytes()) != json.loads(content):
+        raise GenevalError(f"{file} is there with another prompt. Choose an empty --out, or the same --prompts.")
+    file.write_bytes(content)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python dev.py bench geneval", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--server", required=True, metavar="URL", help="a running ComfyUI, e.g. http://127.0.0.1:8188")
+    parser.add_argument("--workflow", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=4, help="pictures per prompt (default 4, as GenEval)")
+    parser.add_argument("--seed", type=int, default=42, help="of the first sample (default 42, as GenEval)")
+    parser.add_argument("--tags", nargs="*", default=["position"], help="of GenEval's file; none: all")
+    parser.add_argument("--prompt-title", default="Prompt")
+    parser.add_argument("--picture-title", help="needed where several nodes save pictures")
+    given = parser.parse_args()
+    try:
+        records = read_prompts(given.prompts, tuple(given.tags))
+        workflow = json.loads(given.workflow.read_text(encoding="utf-8"))
+        made = generate(Client(given.server.rstrip("/")), workflow, records, given.out, given.samples, given.seed,
+                        given.prompt_title, given.picture_title)
+    except (GenevalError, WorkflowError, ServerError, OSError, ValueError) as error:
+        print(f"bench geneval: {error}")
+        return 1
+    print(f"{made} pictures made; {len(records)} prompts x {given.samples} are in {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,59 @@
+"""The workflows for SD2.1 and FLUX as they ship, through the real server, on models of the real width.
+
+The weights are random, so nothing is said about pictures; files, loaders, shapes, memory and wiring are real.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from devtools.workflow import to_prompt
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+STEPS, SIDE = 2, 256
+NEEDED_GB = {"sd21": (8, 4), "flux": (14, 8)}
+"""Memory and disk that a run takes, generously."""
+
+
+@pytest.fixture
+def models(server, request: pytest.FixtureRequest):
+    """The files of one kind in the server's model folders, removed afterwards."""
+    kind, folder = request.param, server.base / "models"
+    memory, disk = NEEDED_GB[kind]
+    if psutil.virtual_memory().available < memory * 2**30 or shutil.disk_usage(folder).free < disk * 2**30:
+        pytest.skip(f"needs {memory} GB of free memory and {disk} GB of disk for weights of the real width")
+    before = {file for file in folder.rglob("*") if file.is_file()}
+    script = Path(__file__).with_name("full_width.py")
+    subprocess.run([sys.executable, str(script), kind, str(folder)], check=True,
+                   env={**os.environ, "PYTHONPATH": str(FOLDER.parent)})
+    server.client.object_info("CheckpointLoaderSimple")  # has the server list the folders again
+    yield
+    server.client.free()
+    for file in {file for file in folder.rglob("*") if file.is_file()} - before:
+        file.unlink()
+
+
+@pytest.mark.parametrize(("models", "name"), [("sd21", "sd21_steering"), ("flux", "flux_dev_steering")],
+                         indirect=["models"])
+def test_runs_to_the_end_at_real_width(models, server, object_info: dict, name: str):
+    client = server.client
+    workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    prompt = to_prompt(workflow, client.object_info())
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in (("width", SIDE), ("height", SIDE), ("steps", STEPS),
+                                                         ("max_updates", 1))
+                           if isinstance(node["inputs"].get(key), int)}
+    result = client.run(prompt, timeout=1200)
+    made = {prompt[node_id]["class_type"]: result.images(node_id) for node_id in result.outputs
+            if result.images(node_id)}
+    assert set(made) == {"SaveImage", "LearnToSteerOverlay", "LearnToSteerReport"}
+    assert client.image(made["SaveImage"][0]).startswith(b"\x89PNG")
+    report = next(result.text(node_id) for node_id in prompt if prompt[node_id]["class_type"] == "LearnToSteerReport")
+    assert "moved" in report and "gradient evaluations" in report, report
