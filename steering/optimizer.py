@@ -27,8 +27,8 @@ class SteeringSettings:
 
     start: float = 0.0
     end: float = 0.4
-    step_size: float = 1.0
-    max_updates: int = 6
+    step_size: float = 1.5
+    max_updates: int = 5
     stop_probability: float = 0.99
     update_rule: str = "normalised"
     relations_per_update: str = "all"

@@ -7,6 +7,9 @@ const SHOWN = {
   LearnToSteerGraph: { lines: 5, placeholder: "after a run: the relations that were understood" },
   LearnToSteerReport: { lines: 12, placeholder: "after a run: every update of the steering", wrap: "pre" },
   LearnToSteerToyJudge: { lines: 5, placeholder: "after a run: what the picture shows" },
+  LearnToSteerDatasetBuilder: { lines: 5, placeholder: "after a run: what is in the dataset" },
+  LearnToSteerTrain: { lines: 5, placeholder: "after a run: accuracy on true and wrong captions" },
+  LearnToSteerSaveClassifier: { lines: 3, placeholder: "after a run: where the file is" },
 };
 const LINE_HEIGHT = 16;
 

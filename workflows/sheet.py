@@ -18,7 +18,8 @@ PACK, PACK_VERSION = "learn-to-steer", "0.1.0"
 TITLE, SLOT, WIDGET, TEXT, GAP, PADDING = 30, 20, 24, 120, 30, 20
 GROUP_TITLE, GROUP_GAP = 40, 60
 PREVIEWED = {"SaveImage": 300, "PreviewImage": 300, "LearnToSteerOverlay": 300, "LearnToSteerReport": 420,
-             "LearnToSteerToyJudge": 120, "LearnToSteerGraph": 100}
+             "LearnToSteerToyJudge": 120, "LearnToSteerGraph": 100, "LearnToSteerDatasetBuilder": 110,
+             "LearnToSteerTrain": 110, "LearnToSteerSaveClassifier": 80}
 """Height of what these nodes show of themselves, in pixels."""
 
 
