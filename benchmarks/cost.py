@@ -96,11 +96,12 @@ def main() -> None:
 
 
 def in_own_process(arguments: argparse.Namespace, size: str, kind: str) -> dict:
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory goes back, so peaks show
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         subprocess.run([sys.executable, "-m", "benchmarks.cost", "--backbone", arguments.backbone, "--repeats",
                         str(arguments.repeats), "--threads", str(arguments.threads), "--json", str(file), "--one", size,
-                        kind], check=True)
+                        kind], check=True, env={**os.environ, **at_once})
         return json.loads(file.read_text())
 
 
