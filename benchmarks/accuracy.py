@@ -32,6 +32,7 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 from learn_to_steer.classifiers.checkpoint import load_classifier  # noqa: E402
 from learn_to_steer.classifiers.geometric import GeometricClassifier, GeometricSettings  # noqa: E402
+from learn_to_steer.classifiers.learned import LearnedClassifier  # noqa: E402
 from learn_to_steer.steering.optimizer import SteeringSettings, displacement  # noqa: E402
 from learn_to_steer.steering.pictures import curve_chart, save_png  # noqa: E402
 from learn_to_steer.steering.relations import build_graph  # noqa: E402
@@ -72,16 +73,20 @@ def classifier_files(backbone: str) -> dict[str, Path]:
             "learned without these objects": compared / f"{backbone}_without_held_out.safetensors"}
 
 
+@functools.cache
+def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
+    """Those of `classifier_files` that are there."""
+    return {name: load_classifier(path) for name, path in classifier_files(backbone).items() if path.is_file()}
+
+
 def ways(backbone: str) -> dict[str, Callable[[object], Steering] | None]:
     """How to steer, by row name; only what is there."""
     settings = SteeringSettings()
     found = {"unsteered": None,
              "geometric": functools.partial(_steered_by, GeometricClassifier(), settings),
              "random direction": lambda graph: Steering(graph, GeometricClassifier(), settings, move=random_move)}
-    for name, path in classifier_files(backbone).items():
-        if path.is_file():
-            found[name] = functools.partial(_steered_by, load_classifier(path), settings)
-    return found
+    return found | {name: functools.partial(_steered_by, classifier, settings)
+                    for name, classifier in classifiers(backbone).items()}
 
 
 def _steered_by(classifier, settings: SteeringSettings, graph) -> Steering:
@@ -175,8 +180,7 @@ def measure(world, row: Row, protocol: Sampling, say: Callable[[str], None]) -> 
 
 def leakage(backbone: str) -> dict:
     """What the classifiers' files say of their accuracy on maps of true and of wrong captions."""
-    return {name: load_classifier(path).training["results"] for name, path in classifier_files(backbone).items()
-            if path.is_file()}
+    return {name: classifier.training["results"] for name, classifier in classifiers(backbone).items()}
 
 
 def main() -> None:

@@ -25,10 +25,13 @@ SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels":
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
         "num_heads": -1, "num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True,
         "use_spatial_transformer": True, "adm_in_channels": None, "use_temporal_attention": False, "legacy": False}
-FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
-        "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True, "txt_ids_dims": [],
-        "context_in_dim": 4096, "vec_in_dim": 768, "depth": 2, "depth_single_blocks": 4, "guidance_embed": True,
-        "yak_mlp": False, "txt_norm": False}
+FLUX_DEV = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
+    "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True, "txt_ids_dims": [],
+    "context_in_dim": 4096, "vec_in_dim": 768, "depth": 19, "depth_single_blocks": 38, "guidance_embed": True,
+    "yak_mlp": False, "txt_norm": False,
+}
+FLUX = {**FLUX_DEV, "depth": 2, "depth_single_blocks": 4}
 """FLUX.1 dev at its width, with 2 of its 19 double blocks and 4 of its 38 single blocks."""
 
 

@@ -16,7 +16,7 @@ from ..training.dataset import Progress, RelationDataset, build_dataset
 from ..training.evaluation import confusion_chart, loss_chart
 from ..training.gqa import read_gqa
 from ..training.inversion import InversionSettings, Inverter
-from ..training.small_world import LAYOUTS_BY_BACKBONE, DrawnScenes, GeneratedPictures
+from ..training.small_world import small_world_source
 from ..training.sources import SPLITS, Quota, Source, read_folder
 from ..training.trainer import TrainingProgress, TrainingRun, TrainingSettings
 from .classifiers import FOLDER
@@ -120,11 +120,8 @@ def _source(models: tuple, seed: int, source: str, train_per_relation: int, vali
             test_per_relation: int, pictures: str, table: str, is_a_list: str, size: int, licence: str) -> Source:
     counts = (train_per_relation, validation_per_relation, test_per_relation)
     per_relation = dict(zip(SPLITS, counts, strict=True))
-    backbone = find_backbone(models[0].model.diffusion_model).name
-    if source == SOURCES[0]:
-        return DrawnScenes(per_relation, seed, layout=LAYOUTS_BY_BACKBONE[backbone])
-    if source == SOURCES[1]:
-        return GeneratedPictures(models, per_relation, seed, backbone=backbone)
+    if source in SOURCES[:2]:
+        return small_world_source(models, source == SOURCES[1], per_relation, seed)
     quota = Quota(per_relation, counts, seed)
     folder, listing = _path(pictures, "pictures"), _path(table, "table")
     if source == SOURCES[2]:

@@ -17,7 +17,7 @@ from .dataset import Progress, RelationDataset, build_dataset
 from .gqa import read_gqa
 from .inversion import InversionSettings, Inverter
 from .models import load_models
-from .small_world import LAYOUTS_BY_BACKBONE, DrawnScenes, GeneratedPictures
+from .small_world import small_world_source
 from .sources import SPLITS, Quota, Source, read_folder
 from .storage import TrainingError
 from .trainer import CLASSIFIER_FILE, TrainingProgress, TrainingRun, TrainingSettings
@@ -135,10 +135,7 @@ def _source(given: argparse.Namespace, models: tuple) -> Source:
     if given.source in ("drawn", "generated"):
         if given.per_relation is None:
             raise TrainingError(f"--source {given.source} needs --per-relation TRAIN VALIDATION TEST.")
-        backbone = find_backbone(models[0].model.diffusion_model).name
-        if given.source == "drawn":
-            return DrawnScenes(per_relation, given.seed, layout=LAYOUTS_BY_BACKBONE[backbone])
-        return GeneratedPictures(models, per_relation, given.seed, backbone=backbone)
+        return small_world_source(models, given.source == "generated", per_relation, given.seed)
     quota = Quota(per_relation, tuple(given.per_relation or (0.8, 0.1, 0.1)), given.seed)
     if given.pictures is None or not given.pictures.is_dir():
         raise TrainingError(f"--source {given.source} needs --pictures with the folder of the picture files.")

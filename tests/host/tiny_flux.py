@@ -6,15 +6,10 @@ from dataclasses import dataclass, replace
 import comfy.model_base
 import comfy.supported_models
 import torch
+from learn_to_steer.benchmarks.passes import FLUX_DEV
 from tiny import fill
 from torch import Tensor
 
-FLUX_DEV = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "hidden_size": 3072, "num_heads": 24,
-    "axes_dim": [16, 56, 56], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True, "txt_ids_dims": [],
-    "context_in_dim": 4096, "vec_in_dim": 768, "depth": 19, "depth_single_blocks": 38, "guidance_embed": True,
-    "yak_mlp": False, "txt_norm": False,
-}
 TINY_FLUX = {
     **FLUX_DEV, "in_channels": 4, "out_channels": 4, "hidden_size": 256, "num_heads": 2, "context_in_dim": 32,
     "vec_in_dim": 16, "depth": 2, "depth_single_blocks": 2,

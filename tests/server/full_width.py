@@ -1,6 +1,6 @@
 """Writes model files at the real widths with random weights, under the names that the workflows ask for.
 
-    python full_width.py sd21 MODELS_FOLDER
+    python full_width.py MODELS_FOLDER
 
 Run as a process of its own (COMFYUI_PATH set), so that its memory is given back.
 """
@@ -51,4 +51,4 @@ def write_sd21(models: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"sd21": write_sd21}[sys.argv[1]](Path(sys.argv[2]))
+    write_sd21(Path(sys.argv[1]))
