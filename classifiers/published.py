@@ -6,6 +6,7 @@ leave in such dicts (numpy scalars and arrays, paths, namespaces) are allowed fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import pathlib
@@ -63,7 +64,7 @@ def _unpickle(path: Path) -> object:
                               f"newer; here is {torch.__version__}. Update PyTorch, or convert the file to "
                               ".safetensors on a machine that has it (`python -m classifiers.convert`).")
     try:
-        with torch.serialization.safe_globals(_harmless_types()):
+        with _allowed_only(_harmless_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's readers raise on damaged bytes: there is no closed list
         names = _foreign_names(path) if isinstance(error, pickle.UnpicklingError) else []
@@ -72,6 +73,23 @@ def _unpickle(path: Path) -> object:
         raise ClassifierError(f"the file holds code or a type that a classifier has no need of ({', '.join(names)}); "
                               "nothing of it was run. Do not use this file; get one from a source you "
                               "trust.") from error
+
+
+@contextlib.contextmanager
+def _allowed_only(types: list) -> Iterator[None]:
+    """These types alone are allowed, whatever others have registered before.
+
+    ComfyUI itself puts a function that returns None in the place of numpy's scalars (host: comfy.utils), so
+    that a number in a file of numpy 1 would come out as None.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(types)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _foreign_names(path: Path) -> list[str]:

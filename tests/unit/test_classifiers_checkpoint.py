@@ -86,14 +86,22 @@ def test_published_checkpoint_loads_and_survives_conversion(tmp_path):
 
 
 def test_numpy_scalars_under_their_old_names_load(tmp_path):
-    """Checkpoints of numpy 1 name `numpy.core.multiarray`, those of numpy 2 `numpy._core.multiarray`."""
+    """Checkpoints of numpy 1 name `numpy.core.multiarray`, those of numpy 2 `numpy._core.multiarray`.
+
+    The host registers something else under the old name (comfy.utils); that must neither win nor get lost.
+    """
+    def scalar(*_args):
+        return None
 
     torch.save(published(), tmp_path / "new.pth")
     with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "sd2.pth", "w") as old:
         for name in new.namelist():
             old.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
     assert b"cnumpy.core.multiarray" in (tmp_path / "sd2.pth").read_bytes()
-    assert load_classifier(tmp_path / "sd2.pth").relations == RELATIONS
+    with torch.serialization.safe_globals([(scalar, "numpy.core.multiarray.scalar")]):
+        before = set(torch.serialization.get_safe_globals())
+        assert load_classifier(tmp_path / "sd2.pth").relations == RELATIONS
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_tables_of_other_shape_and_wrapped_names_load(tmp_path):
