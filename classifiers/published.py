@@ -77,7 +77,7 @@ def _unpickle(path: Path) -> object:
 
 @contextlib.contextmanager
 def _allowed_only(types: list) -> Iterator[None]:
-    """These types alone are allowed, whatever others have registered before.
+    """These types alone are allowed, whatever others have registered before; what they registered stays.
 
     ComfyUI itself puts a function that returns None in the place of numpy's scalars (host: comfy.utils), so
     that a number in a file of numpy 1 would come out as None.
@@ -88,8 +88,9 @@ def _allowed_only(types: list) -> Iterator[None]:
         torch.serialization.add_safe_globals(types)
         yield
     finally:
+        meanwhile = set(torch.serialization.get_safe_globals()) - set(types)  # torch registers its own when first used
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals([*before, *meanwhile])
 
 
 def _foreign_names(path: Path) -> list[str]:
