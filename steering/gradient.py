@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention import LayerMaps, MapRecorder
+from .saved_tensors import mutation_of_saved_tensors
 
 
 class NormalTensors(TorchFunctionMode):
@@ -73,19 +74,15 @@ def _host_training_flag() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def differentiable(model: torch.nn.Module, recompute_blocks: bool) -> Iterator[None]:
+def differentiable(model: torch.nn.Module) -> Iterator[None]:
     """Inside, forward passes through `model` (the host's BaseModel) can be differentiated w.r.t. their input.
 
     Lifts inference mode, keeps tensors that are later updated in place (residual streams) right for backward,
     and restores every global on the way out, also after an exception or an interrupt.
-    recompute_blocks: the forward pass was instrumented so; then each block keeps its own tensors right while it is
-    computed again (torch does not nest that), and an update in place between blocks would be an error, not a wrong
-    gradient.
     """
-    saved = contextlib.nullcontext() if recompute_blocks else torch.autograd.graph.allow_mutation_on_saved_tensors()
     with torch.inference_mode(False), torch.enable_grad(), _host_training_flag():
         replace_inference_weights(model)
-        with NormalTensors(), saved:
+        with NormalTensors(), mutation_of_saved_tensors():
             yield
 
 
@@ -114,7 +111,7 @@ class _RecomputedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
         inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
-        with torch.enable_grad(), NormalTensors(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        with torch.enable_grad(), NormalTensors(), mutation_of_saved_tensors():
             outputs, recorded = _run_apart(ctx.run, ctx.recorder, [value.clone() for value in inputs])
             results = [*outputs, *(layer.maps for layer in recorded)]
             wanted = [(result, gradient) for result, gradient in zip(results, gradients, strict=True)

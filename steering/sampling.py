@@ -157,7 +157,7 @@ class SteeringSession(Session):
         """Changes the sampler's own `x` in place, which is the one thing that every k-diffusion sampler shares."""
         settings, relations = self.steering.settings, self.steering.graph.relations
         arguments = self.instrumented(arguments)
-        with differentiable(self.base_model, settings.recompute):
+        with differentiable(self.base_model):
             sigma = sigma.clone()
             start = x.detach().clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(start))

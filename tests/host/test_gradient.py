@@ -29,7 +29,7 @@ class Checked(SteeringSession):
     def _steer(self, host_model, x, sigma, arguments, step):
         settings = self.steering.settings
         arguments = self.instrumented(arguments)
-        with differentiable(self.base_model, settings.recompute):
+        with differentiable(self.base_model):
             sigma = sigma.clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).clone()
             latent = (x.clone() * scale).to(self.base_model.get_dtype())

@@ -37,7 +37,7 @@ def loss_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None =
 
 def gradient_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None = None, **extra) -> Tensor:
     """As a node does it: everything was made under inference mode, which is on."""
-    with torch.inference_mode(), differentiable(base, recompute_blocks):
+    with torch.inference_mode(), differentiable(base):
         x = inputs.x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(base, inputs.at(x), recompute_blocks, options, **extra), x)
     return gradient
@@ -50,7 +50,7 @@ def worst_error(base, inputs: Inputs, gradient: Tensor, step: float, directions:
         direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
         direction = direction + direction.norm() * gradient / gradient.norm()  # no direction with a vanishing slope
         direction = (direction / direction.norm()).to(inputs.x.dtype)
-        with differentiable(base, False), torch.no_grad():
+        with differentiable(base), torch.no_grad():
             ahead, behind = (float(loss_of(base, inputs.at(inputs.x + sign * step * direction), False, **extra))
                              for sign in (1, -1))
         slope = float((gradient.double() * direction.double()).sum())

@@ -1,0 +1,72 @@
+"""Lets blocks that work in place be differentiated: a tensor kept for backward is copied before it is changed.
+
+PyTorch has `torch.autograd.graph.allow_mutation_on_saved_tensors` for this, but up to 2.14 it may give a wrong tensor
+back: it knows tensors by id, address and version, lets go of an original once it is copied, and takes the next tensor
+that happens to get the same three for the old one. That is rare, and silent where the shapes agree.
+"""
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Saved:
+    """One tensor kept for backward; `value` is the original until somebody is about to change it, then a copy."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identity of the memory behind a tensor and its views; unique for as long as it is held."""
+    return tensor.untyped_storage()._cdata
+
+
+class _CopyBeforeWrite(TorchDispatchMode):
+    """Sees every operation; those whose schema says that they write an argument have it copied where it is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Only originals stand here. They hold their memory, so a storage's identity cannot pass to another.
+        self._originals: dict[int, list[weakref.ref[_Saved]]] = defaultdict(list)
+
+    def keep(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self._originals[_storage(tensor)].append(weakref.ref(saved))
+        return saved
+
+    def _before_write(self, tensor: Tensor) -> None:
+        for reference in self._originals.pop(_storage(tensor), ()):
+            saved = reference()
+            if saved is not None:
+                saved.value = saved.value.clone()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = kwargs.get(argument.name) if index >= len(args) or argument.kwarg_only else args[index]
+            for written in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(written, Tensor):
+                    self._before_write(written)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def mutation_of_saved_tensors() -> Iterator[None]:
+    """In this scope in-place operations cannot spoil a backward pass; forward and backward both belong inside.
+
+    May be nested: a graph made inside the inner scope has to be differentiated there.
+    """
+    writes = _CopyBeforeWrite()
+    with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, lambda saved: saved.value):
+        yield
