@@ -42,7 +42,7 @@ class NormalTensors(TorchFunctionMode):
         return value
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args = [self._normal(value) for value in args]
+        args = tuple(map(self._normal, args))
         kwargs = {name: self._normal(value) for name, value in kwargs.items()} if kwargs else {}
         return func(*args, **kwargs)
 

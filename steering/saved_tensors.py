@@ -7,6 +7,7 @@ that happens to get the same three for the old one. That is rare, and silent whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,12 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Saved:
-    """One tensor kept for backward; `value` is the original until somebody is about to change it, then a copy."""
+    """One tensor kept for backward; `value` is the original until somebody is about to change it, then a copy.
+
+    None after the scope: a graph that is part of a reference cycle would hold all its tensors until Python looks for cycles.
+    """
 
     __slots__ = ("__weakref__", "value")
 
     def __init__(self, value: Tensor) -> None:
-        self.value = value
+        self.value: Tensor | None = value
+
+    def unpack(self) -> Tensor:
+        if self.value is None:
+            raise RuntimeError("backward outside of the mutation_of_saved_tensors scope in which the graph was made")
+        return self.value
 
 
 def _storage(tensor: Tensor) -> int:
@@ -37,28 +46,40 @@ class _CopyBeforeWrite(TorchDispatchMode):
         super().__init__()
         # Only originals stand here. They hold their memory, so a storage's identity cannot pass to another.
         self._originals: dict[int, list[weakref.ref[_Saved]]] = defaultdict(list)
+        self._all: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
+        self._all.add(saved)
         self._originals[_storage(tensor)].append(weakref.ref(saved))
         return saved
+
+    def release(self) -> None:
+        self._originals.clear()
+        for saved in self._all:
+            saved.value = None
 
     def _before_write(self, tensor: Tensor) -> None:
         for reference in self._originals.pop(_storage(tensor), ()):
             saved = reference()
-            if saved is not None:
+            if saved is not None and saved.value is not None:
                 saved.value = saved.value.clone()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = kwargs.get(argument.name) if index >= len(args) or argument.kwarg_only else args[index]
+        for index, name in _written_arguments(func):
+            given = args[index] if index < len(args) else kwargs.get(name)
             for written in given if isinstance(given, (list, tuple)) else (given,):
                 if isinstance(written, Tensor):
                     self._before_write(written)
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _written_arguments(func) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that an operation writes, by its schema; keyword-only ones lie beyond `args`."""
+    return tuple((index, argument.name) for index, argument in enumerate(func._schema.arguments)
+                 if argument.alias_info is not None and argument.alias_info.is_write)
 
 
 @contextlib.contextmanager
@@ -68,5 +89,8 @@ def mutation_of_saved_tensors() -> Iterator[None]:
     May be nested: a graph made inside the inner scope has to be differentiated there.
     """
     writes = _CopyBeforeWrite()
-    with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, lambda saved: saved.value):
-        yield
+    with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, _Saved.unpack):
+        try:
+            yield
+        finally:
+            writes.release()

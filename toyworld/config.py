@@ -24,10 +24,14 @@ UNET_CONFIG = {
     "adm_in_channels": None, "use_temporal_attention": False, "legacy": False,
 }
 """ComfyUI's UNetModel: a 16x16 and an 8x8 level with one residual block and one transformer each."""
-UNET_SAMPLING = {"zsnr": True}
-"""Zero terminal SNR: a latent with broad areas of one colour would shine through the noisiest step of the SD schedule."""
+UNET_SAMPLING: dict = {}
+"""The noise schedule of Stable Diffusion as it is."""
+UNET_DEVIATION = 0.35
+"""Of the UNet's latents. Their neighbouring cells say much the same, so at a deviation of 1 everything would be decided in
+the schedule's noisiest steps, and broad areas of one colour would shine through its very first."""
 
 FLUX_CHANNELS = 16
+FLUX_DEVIATION = 1.0
 FLUX_PREFIX = "model.diffusion_model."
 FLUX_TOKENS = 32
 """The FLUX model sees the first 32 tokens; the text transformer is causal, so they do not depend on the rest."""

@@ -49,8 +49,12 @@ class PatchTransform(torch.nn.Module):
         return self.decode_weight.mean(dim=(2, 3)).tolist(), self.decode_bias.mean(dim=(1, 2)).tolist()
 
 
-def fit_patch_transform(channels: int, scenes: int = 2000, seed: int = 0) -> PatchTransform:
-    """The transform fitted to `scenes` random scenes; the same seed gives the same transform."""
+def fit_patch_transform(channels: int, deviation: float = 1.0, scenes: int = 2000, seed: int = 0) -> PatchTransform:
+    """The transform fitted to `scenes` random scenes; the same seed gives the same transform.
+
+    deviation: standard deviation of the latents. The smaller it is, the later in a schedule of noise levels the layout
+    is decided.
+    """
     rng = np.random.default_rng(seed)
     pixels = np.stack([random_scene(rng).image for _ in range(scenes)]).astype(np.float64) / 127.5 - 1
     patches = pixels.reshape(scenes, LATENT_SIZE, PATCH, LATENT_SIZE, PATCH, 3).transpose(0, 1, 3, 5, 2, 4)
@@ -60,7 +64,7 @@ def fit_patch_transform(channels: int, scenes: int = 2000, seed: int = 0) -> Pat
     variances, axes = variances[::-1][:channels], axes[:, ::-1][:, :channels].T
     axes *= np.sign(axes.sum(axis=1, keepdims=True))
     scale = variances ** -0.25
-    scale /= np.sqrt((scale ** 2 * variances).mean())
+    scale *= deviation / np.sqrt((scale ** 2 * variances).mean())
     transform = PatchTransform(channels)
     encode = axes * scale[:, None]
     with torch.no_grad():

@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .config import END, FLUX_CHANNELS, FLUX_CONFIG, FLUX_TOKENS, UNET_CHANNELS, UNET_CONFIG, UNET_SAMPLING
+from .config import (
+    END,
+    FLUX_CHANNELS,
+    FLUX_CONFIG,
+    FLUX_DEVIATION,
+    FLUX_TOKENS,
+    UNET_CHANNELS,
+    UNET_CONFIG,
+    UNET_DEVIATION,
+    UNET_SAMPLING,
+)
 from .latent import PatchTransform
 from .optimizers import split_optimizers
 from .scenes import FLUX_LAYOUT, NOUNS, UNET_LAYOUT, Layout, random_scene
@@ -77,7 +87,8 @@ class UNetRecipe:
     name = "unet"
     layout = UNET_LAYOUT
     peak_rates = (1e-3, 1e-3)
-    channels = UNET_CHANNELS
+    channels, deviation = UNET_CHANNELS, UNET_DEVIATION
+    adds_in_place = False
 
     def __init__(self, tokenizer: WordTokenizer) -> None:
         self.unet = openaimodel.UNetModel(**UNET_CONFIG, operations=comfy.ops.disable_weight_init)
@@ -120,7 +131,8 @@ class FluxRecipe:
     name = "flux"
     layout = FLUX_LAYOUT
     peak_rates = (5e-3, 1.5e-3)
-    channels = FLUX_CHANNELS
+    channels, deviation = FLUX_CHANNELS, FLUX_DEVIATION
+    adds_in_place = True  # the host's blocks do, on tensors that autograd keeps
 
     def __init__(self, tokenizer: WordTokenizer, text_weights: dict[str, torch.Tensor]) -> None:
         self.flux = comfy.ldm.flux.model.Flux(**FLUX_CONFIG, operations=comfy.ops.disable_weight_init)

@@ -36,12 +36,13 @@ class Layout:
     many: tuple[int, ...]
 
 
-UNET_LAYOUT = Layout(4, (14, 18, 22), (12, 16))
-FLUX_LAYOUT = Layout(8, (16, 22), (16,))
-"""An easier world, since FLUX learns about ten times slower than the UNet: every object begins with an image token."""
+UNET_LAYOUT = Layout(4, (20, 26, 30), (16, 20))
+FLUX_LAYOUT = Layout(8, (24,), (16,))
+"""An easier world, since FLUX learns about ten times slower than the UNet: every object begins with an image token, and has
+one size with one or two of them, another with more."""
 LAYOUTS = {"unet": UNET_LAYOUT, "flux": FLUX_LAYOUT}
 """By backbone."""
-SIZES = tuple(range(12, 23, 2))
+SIZES = tuple(range(16, 31, 2))
 """Longest sides that the detector looks for."""
 
 CARDINALS = ("to the left of", "to the right of", "above", "below")
@@ -239,7 +240,7 @@ def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tupl
     """A random scene of `count` different objects out of `nouns`; without a count as in training (1 to 5, mostly 2)."""
     if count is None:
         draw = rng.random()
-        count = 1 if draw < 0.12 else 2 if draw < 0.85 else int(rng.integers(3, 6))
+        count = 1 if draw < 0.08 else 2 if draw < 0.88 else int(rng.integers(3, 6))
     if not 1 <= count <= min(5, len(nouns)):
         raise ValueError(f"count must be 1 to {min(5, len(nouns))}, got {count}")
     choice = layout.few if count <= 2 else layout.many

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,16 @@ import numpy as np
 import torch
 
 from standalone import prepare_host
+from steering.saved_tensors import mutation_of_saved_tensors
 
 prepare_host()
 
-from .export import export  # noqa: E402  (the host must be on the path first)
+import comfy.latent_formats  # noqa: E402  (the host must be on the path first)
+
+from .config import FLUX_PREFIX  # noqa: E402
+from .export import export  # noqa: E402
 from .latent import fit_patch_transform  # noqa: E402
-from .models import WEIGHTS, part, read_weights  # noqa: E402
+from .models import WEIGHTS, build_transform, part, read_summary, read_weights  # noqa: E402
 from .recipes import FluxRecipe, UNetRecipe, draw_batch  # noqa: E402
 from .text import WordTokenizer  # noqa: E402
 
@@ -40,6 +45,7 @@ class Clock:
 
     minutes: float | None
     pictures: int | None
+    rate: float = 1.0
     step: int = 0
     seconds: float = 0.0
 
@@ -51,9 +57,13 @@ class Clock:
         return self.seconds / (60 * self.minutes)
 
     def learning_rate(self) -> float:
-        """As a share of the peak: warm-up over 200 steps, flat up to 40 % of the run, then a cosine down to 2 %."""
+        """As a share of the recipe's peak, times `rate`.
+
+        Warm-up over 200 steps, flat up to 40 % of the run, then a cosine down to 2 %.
+        """
         rest = min(1.0, max(0.0, (self.progress - 0.4) / 0.6))
-        return min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * rest)))
+        warm = self.rate * min(1.0, (self.step + 1) / 200)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * rest)))
 
 
 def build_recipe(name: str, tokenizer: WordTokenizer) -> UNetRecipe | FluxRecipe:
@@ -72,12 +82,13 @@ class Run:
         self.clock, self.folder, self.seed = clock, folder, seed
         self.tokenizer = WordTokenizer()
         self.recipe = build_recipe(name, self.tokenizer)
-        self.transform = fit_patch_transform(self.recipe.channels)
+        self.transform = fit_patch_transform(self.recipe.channels, self.recipe.deviation)
         self.parameters = [p for p in self.recipe.modules.parameters() if p.requires_grad]
         self.optimizers = self.recipe.optimizers()
         self.average = {key: value.detach().clone() for key, value in self.recipe.modules.state_dict().items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.rng = np.random.default_rng(seed + 2)
+        self.origin: dict | None = None  # training summary of the file whose weights it began with
         self.state_file, self.export_file = folder / "state.pt", folder / f"{name}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -85,7 +96,7 @@ class Run:
         started = time.monotonic()
         batch = draw_batch(self.rng, BATCH, self.recipe.layout, self.transform, self.tokenizer)
         self.recipe.modules.zero_grad(set_to_none=True)
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():  # FLUX adds in place
+        with mutation_of_saved_tensors() if self.recipe.adds_in_place else nullcontext():
             loss = self.recipe.loss(batch, self.generator)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -106,13 +117,32 @@ class Run:
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                  "transform": self.transform.state_dict(), "generator": self.generator.get_state(),
                  "rng": self.rng.bit_generator.state, "step": self.clock.step, "seconds": self.clock.seconds,
-                 "seed": self.seed}
+                 "seed": self.seed, "origin": self.origin}
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.state_file)
         summary = {"seed": self.seed, "pictures": self.clock.step * BATCH, "minutes": round(self.clock.seconds / 60, 1),
-                   "batch": BATCH, "threads": torch.get_num_threads()}
+                   "batch": BATCH, "threads": torch.get_num_threads(), **({"began_with": self.origin} if self.origin else {})}
         export(self.recipe.name, self.average, self.transform, self.tokenizer, self.export_file, summary)
+
+    def start_from(self, path: Path) -> None:
+        """Takes everything from an exported file of the same kind instead of random weights and a transform of its own.
+
+        The file's latents are scaled to the recipe's deviation.
+        """
+        name = self.recipe.name
+        tensors, self.origin = read_weights(path, name), read_summary(path)
+        prefix = FLUX_PREFIX if name == "flux" else f"{name}."
+        weights = {f"{name}.{key}": value for key, value in part(tensors, prefix).items()}
+        weights |= {f"text.{key}": value for key, value in part(tensors, "text.").items()}
+        self.recipe.modules.load_state_dict({key: value.float() for key, value in weights.items()})
+        self.average = {key: value.detach().clone() for key, value in self.recipe.modules.state_dict().items()}
+        transform = build_transform(tensors)
+        if name == "flux":
+            host = comfy.latent_formats.Flux()
+            transform = transform.rescaled(1 / host.scale_factor, -host.shift_factor * host.scale_factor)
+        latents = draw_batch(np.random.default_rng(0), 512, self.recipe.layout, transform, self.tokenizer).latents
+        self.transform = transform.rescaled(float(latents.std()) / self.recipe.deviation, 0.0)
 
     def resume(self) -> bool:
         """Goes on from the state file where there is one; True if so."""
@@ -127,6 +157,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.rng.bit_generator.state = state["rng"]
         self.clock.step, self.clock.seconds, self.seed = state["step"], state["seconds"], state["seed"]
+        self.origin = state.get("origin")
         return True
 
 
@@ -167,12 +198,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, help="where state, log and exports go (default: in the cache folder)")
     parser.add_argument("--fresh", action="store_true", help="start anew although there is a state to go on from")
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rate as a share of the recipe's")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with the weights of this exported file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = Clock(None if arguments.pictures else arguments.minutes, arguments.pictures)
+    clock = Clock(None if arguments.pictures else arguments.minutes, arguments.pictures, arguments.rate)
     run = Run(arguments.model, clock, arguments.folder or CACHE / arguments.model, arguments.seed)
     if not arguments.fresh and run.resume():
         print(f"going on at {clock.step * BATCH} pictures")
+    elif arguments.start:
+        run.start_from(arguments.start)
     train(run)
 
 

@@ -27,7 +27,6 @@ class Checked(SteeringSession):
     gradients: list[torch.Tensor]
 
     def _steer(self, host_model, x, sigma, arguments, step):
-        settings = self.steering.settings
         arguments = self.instrumented(arguments)
         with differentiable(self.base_model):
             sigma = sigma.clone()

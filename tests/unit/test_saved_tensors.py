@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import gc
-import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from steering.saved_tensors import mutation_of_saved_tensors
 
 
@@ -66,13 +67,25 @@ def test_a_new_tensor_in_freed_memory_is_not_taken_for_the_old_one() -> None:
         assert torch.allclose(gradient, expected, rtol=1e-12)
 
 
-def test_nothing_is_held_afterwards() -> None:
+def test_nothing_is_held_afterwards_even_by_a_graph_in_a_reference_cycle() -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    gc.disable()
+    try:
+        with mutation_of_saved_tensors():
+            kept = (leaf * 2).detach_()  # a constant, so that the graph alone holds it
+            out = leaf * kept
+            watched = StorageWeakRef(kept.untyped_storage())
+            cycle = [out]
+            cycle.append(cycle)
+        del kept, out, cycle
+        assert watched.expired()
+    finally:
+        gc.enable()
+
+
+def test_a_backward_pass_outside_says_so() -> None:
     leaf = torch.ones(3, requires_grad=True)
     with mutation_of_saved_tensors():
-        kept = leaf * 2
-        out = kept.square()
-        watched = weakref.ref(kept)
+        out = leaf.square()
+    with pytest.raises(RuntimeError, match="outside of the mutation_of_saved_tensors scope"):
         out.sum().backward()
-    del kept, out
-    gc.collect()
-    assert watched() is None
