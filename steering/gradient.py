@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention import LayerMaps, MapRecorder
-from .saved_tensors import mutation_of_saved_tensors
+from .saved_tensors import WritesSeen, mutation_of_saved_tensors
 
 
 class NormalTensors(TorchFunctionMode):
@@ -74,16 +74,17 @@ def _host_training_flag() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def differentiable(model: torch.nn.Module) -> Iterator[None]:
+def differentiable(model: torch.nn.Module) -> Iterator[WritesSeen]:
     """Inside, forward passes through `model` (the host's BaseModel) can be differentiated w.r.t. their input.
 
     Lifts inference mode, keeps tensors that are later updated in place (residual streams) right for backward,
-    and restores every global on the way out, also after an exception or an interrupt.
+    and restores every global on the way out, also after an exception or an interrupt. Gives an object whose `paused()`
+    a backward pass may run in.
     """
     with torch.inference_mode(False), torch.enable_grad(), _host_training_flag():
         replace_inference_weights(model)
-        with NormalTensors(), mutation_of_saved_tensors():
-            yield
+        with NormalTensors(), mutation_of_saved_tensors() as writes:
+            yield writes
 
 
 def differentiable_attention(func: Callable, *args, **kwargs) -> Tensor:
@@ -111,13 +112,14 @@ class _RecomputedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
         inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
-        with torch.enable_grad(), NormalTensors(), mutation_of_saved_tensors():
+        with torch.enable_grad(), NormalTensors(), mutation_of_saved_tensors() as writes:
             outputs, recorded = _run_apart(ctx.run, ctx.recorder, [value.clone() for value in inputs])
             results = [*outputs, *(layer.maps for layer in recorded)]
             wanted = [(result, gradient) for result, gradient in zip(results, gradients, strict=True)
                       if gradient is not None and result.requires_grad]
-            found = torch.autograd.grad([result for result, _ in wanted], inputs, [g for _, g in wanted],
-                                        allow_unused=True)
+            with writes.paused():
+                found = torch.autograd.grad([result for result, _ in wanted], inputs, [g for _, g in wanted],
+                                            allow_unused=True)
         return None, None, None, *found
 
 

@@ -27,6 +27,7 @@ from .optimizer import Look, SteeringSettings, displacement, steer_step
 from .records import AttentionRecord, Run, RunLog, StepMaps
 from .relations import RelationGraph
 from .report import SteeringReport, UpdateRecord
+from .saved_tensors import WritesSeen
 from .stepping import RehearsedModel, SampledModel, Schedule, SteeringError, first_evaluations, unwrapped
 from .tokens import find_columns
 
@@ -138,6 +139,7 @@ class SteeringSession(Session):
         self.window = self.schedule.window(steering.settings.start, steering.settings.end)
         self.records: list[UpdateRecord] = []
         self.last_maps: AttentionMaps | None = None
+        self.writes: WritesSeen | None = None  # while a step is being steered
 
     def run(self, function, model, x, sigmas, extra_args, callback, options):
         begins = first_evaluations(function, model, x, sigmas, extra_args, options)
@@ -157,7 +159,7 @@ class SteeringSession(Session):
         """Changes the sampler's own `x` in place, which is the one thing that every k-diffusion sampler shares."""
         settings, relations = self.steering.settings, self.steering.graph.relations
         arguments = self.instrumented(arguments)
-        with differentiable(self.base_model):
+        with differentiable(self.base_model) as self.writes:
             sigma = sigma.clone()
             start = x.detach().clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(start))
@@ -194,7 +196,8 @@ class SteeringSession(Session):
             dataclasses.replace(layer, maps=layer.maps.detach()) for layer in maps.layers))
 
         def gradient(loss: Tensor) -> Tensor:
-            return torch.autograd.grad(loss.sum(), leaf)[0].detach()
+            with self.writes.paused():
+                return torch.autograd.grad(loss.sum(), leaf)[0].detach()
 
         return Look(judgement, gradient)
 

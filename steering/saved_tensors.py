@@ -23,15 +23,23 @@ class _Saved:
     None after the scope: a graph that is part of a reference cycle would hold all its tensors until Python looks for cycles.
     """
 
-    __slots__ = ("__weakref__", "value")
+    __slots__ = ("__weakref__", "value", "version")
 
     def __init__(self, value: Tensor) -> None:
         self.value: Tensor | None = value
+        self.version = value._version
 
     def unpack(self) -> Tensor:
         if self.value is None:
             raise RuntimeError("backward outside of the mutation_of_saved_tensors scope in which the graph was made")
+        if self.value._version != self.version:
+            raise RuntimeError("a tensor that is needed for backward was modified where writes are not seen")
         return self.value
+
+    def copy(self) -> None:
+        if self.value is not None:
+            self.value = self.value.clone()
+            self.version = self.value._version
 
 
 def _storage(tensor: Tensor) -> int:
@@ -39,7 +47,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _CopyBeforeWrite(TorchDispatchMode):
+class WritesSeen(TorchDispatchMode):
     """Sees every operation; those whose schema says that they write an argument have it copied where it is kept."""
 
     def __init__(self) -> None:
@@ -59,11 +67,23 @@ class _CopyBeforeWrite(TorchDispatchMode):
         for saved in self._all:
             saved.value = None
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Writes are not looked for: for a backward pass, which writes no tensor that it still needs.
+
+        Half of all operations are spared the detour through Python. One that did write such a tensor would raise.
+        """
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def _before_write(self, tensor: Tensor) -> None:
         for reference in self._originals.pop(_storage(tensor), ()):
             saved = reference()
-            if saved is not None and saved.value is not None:
-                saved.value = saved.value.clone()
+            if saved is not None:
+                saved.copy()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -83,14 +103,15 @@ def _written_arguments(func) -> tuple[tuple[int, str], ...]:
 
 
 @contextlib.contextmanager
-def mutation_of_saved_tensors() -> Iterator[None]:
+def mutation_of_saved_tensors() -> Iterator[WritesSeen]:
     """In this scope in-place operations cannot spoil a backward pass; forward and backward both belong inside.
 
-    May be nested: a graph made inside the inner scope has to be differentiated there.
+    Gives an object whose `paused()` the backward pass may run in. May be nested: a graph made inside the inner scope has
+    to be differentiated there.
     """
-    writes = _CopyBeforeWrite()
+    writes = WritesSeen()
     with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, _Saved.unpack):
         try:
-            yield
+            yield writes
         finally:
             writes.release()

@@ -28,7 +28,7 @@ class Checked(SteeringSession):
 
     def _steer(self, host_model, x, sigma, arguments, step):
         arguments = self.instrumented(arguments)
-        with differentiable(self.base_model):
+        with differentiable(self.base_model) as self.writes:
             sigma = sigma.clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).clone()
             latent = (x.clone() * scale).to(self.base_model.get_dtype())

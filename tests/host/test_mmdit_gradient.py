@@ -37,9 +37,11 @@ def loss_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None =
 
 def gradient_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None = None, **extra) -> Tensor:
     """As a node does it: everything was made under inference mode, which is on."""
-    with torch.inference_mode(), differentiable(base):
+    with torch.inference_mode(), differentiable(base) as writes:
         x = inputs.x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(base, inputs.at(x), recompute_blocks, options, **extra), x)
+        loss = loss_of(base, inputs.at(x), recompute_blocks, options, **extra)
+        with writes.paused():
+            (gradient,) = torch.autograd.grad(loss, x)
     return gradient
 
 
