@@ -51,7 +51,7 @@ class MapLayout:
 
 @runtime_checkable
 class RelationClassifier(Protocol):
-    """What the optimizer sees of a classifier. Subclass it to inherit the zero `regulariser`."""
+    """What the optimizer sees of a classifier."""
 
     name: str
     relations: tuple[str, ...]
@@ -64,10 +64,6 @@ class RelationClassifier(Protocol):
         behind (step index / number of steps). Returns [B, len(relations)].
         """
         ...
-
-    def regulariser(self, subject: Tensor, object: Tensor) -> Tensor:
-        """A term to add to the cross-entropy, [B], >= 0; zero unless a classifier has one."""
-        return subject.new_zeros(subject.shape[0], dtype=working_dtype(subject))
 
     def to(self, device: torch.device | str) -> RelationClassifier:
         """The classifier on `device`: itself, moved, or a copy."""

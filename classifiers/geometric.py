@@ -28,6 +28,8 @@ DIRECTIONS = {
 }
 # Extent of a uniform bar in standard deviations: a soft map's counterpart of a box's side.
 _SIDE_PER_DEVIATION = 12 ** 0.5
+# Root-mean-square radius of one object's map that costs nothing, as a fraction of the picture's side.
+COMPACT_RADIUS = 0.15
 # Uniform weight under every map: a flat map becomes the uniform distribution instead of 0 / 0.
 _FLOOR = 1e-6
 
@@ -45,8 +47,6 @@ class GeometricSettings:
     pairwise: 0: violation of the mean position; 1: mean violation over all pairs of subject and object cells, so that
         mass on the wrong side counts even where the centre is right (a doubled object); between: a mixture.
     temperature: violation that lowers a logit by 1.
-    compactness: weight of the regulariser against the same violation scale; 0 switches it off.
-    compact_radius: root-mean-square radius of an object's map that costs nothing.
     """
 
     sharpness: float = 2.0
@@ -57,8 +57,6 @@ class GeometricSettings:
     sideways: float = 0.5
     pairwise: float = 0.0
     temperature: float = 0.05
-    compactness: float = 0.0
-    compact_radius: float = 0.2
 
     def __post_init__(self) -> None:
         if not (self.sharpness >= 1 and self.temperature > 0 and 0 <= self.pairwise <= 1):
@@ -97,16 +95,6 @@ class GeometricClassifier(RelationClassifier):
         violations = [_violation(first, second, direction, settings) for direction in DIRECTIONS.values()]
         return -torch.stack(violations, dim=1) / settings.temperature
 
-    def regulariser(self, subject: Tensor, object: Tensor) -> Tensor:
-        """[B]: how far the two maps spread beyond `compact_radius`, in units of the logits, times `compactness`."""
-        check_maps(self, subject, object)
-        settings = self.settings
-        if settings.compactness == 0:
-            return super().regulariser(subject, object)
-        spread = sum(torch.relu(_radius(locate(maps, settings.sharpness)) - settings.compact_radius)
-                     for maps in (subject, object))
-        return settings.compactness * spread / settings.temperature
-
     def to(self, device: torch.device | str) -> GeometricClassifier:
         """Itself: there is nothing to move."""
         return self
@@ -144,9 +132,14 @@ def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
     return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
 
 
-def _radius(where: SoftObject) -> Tensor:
-    """Root-mean-square distance from the centre, [B]."""
-    return where.deviation.square().sum(dim=1).sqrt()
+def spread(subject: Tensor, object: Tensor, sharpness: float = GeometricSettings.sharpness) -> Tensor:
+    """How far the two objects' attention spreads beyond COMPACT_RADIUS, [B], as a fraction of the picture's side.
+
+    subject, object: [B, channels, H, W]. Large where an object is about to be drawn twice, which a relation's loss does
+    not see: its centre may be right all the same.
+    """
+    radii = (locate(maps, sharpness).deviation.square().sum(dim=1).sqrt() for maps in (subject, object))
+    return sum(torch.relu(radius - COMPACT_RADIUS) for radius in radii)
 
 
 def _violation(subject: SoftObject, object: SoftObject, direction: tuple[int, int],

@@ -39,13 +39,17 @@ def settings_inputs() -> list[io.Input]:
         io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
                          tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
                                  "memory, about a third more time. Same gradient."),
+        io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True,
+                       tooltip="Keeps each object in one place, so that steering does not draw it twice. 0: the "
+                               "classifier's loss alone, as in the paper."),
     ]
 
 
 def read_settings(start_percent: float, end_percent: float, step_size: float, max_updates: int, stop_probability: float,
-                  update_rule: str, relations_per_update: str, save_memory: bool) -> SteeringSettings:
+                  update_rule: str, relations_per_update: str, save_memory: bool,
+                  compactness: float = DEFAULTS.compactness) -> SteeringSettings:
     return SteeringSettings(start_percent, end_percent, step_size, max_updates, stop_probability, update_rule,
-                            relations_per_update, save_memory)
+                            relations_per_update, save_memory, compactness)
 
 
 class Progress:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..classifiers.base import RelationClassifier, check_layout, relation_indices
+from ..classifiers.geometric import spread
 from .attention import AttentionMaps
 from .relations import Relation
 
@@ -26,11 +27,12 @@ class Judgement:
 
 
 def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: RelationClassifier, backbone: str,
-          progress: float) -> Judgement:
+          progress: float, compactness: float = 0.0) -> Judgement:
     """Loss and probability of every relation, differentiable w.r.t. the maps.
 
-    progress: fraction of the denoising schedule that lies behind. Raises ClassifierError where the maps do not fit
-    the classifier or a relation is unknown to it.
+    progress: fraction of the denoising schedule that lies behind; compactness: weight in the loss, per side of the
+    picture, of how far the attention to the two objects spreads (not part of the paper's loss).
+    Raises ClassifierError where the maps do not fit the classifier or a relation is unknown to it.
     """
     check_layout(classifier, maps.channels, backbone)
     stack = maps.stack(classifier.layout.size, classifier.layout.normalise)  # [B, words, channels, size, size]
@@ -41,7 +43,8 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
         object = stack[:, maps.phrases.index(relation.object)]
         targets = relation_indices(classifier, relation.predicates)
         log_p = F.log_softmax(classifier.logits(subject, object, when), dim=-1)[:, targets]
-        losses.append(-log_p.mean(-1) + classifier.regulariser(subject, object))
+        scattered = compactness * spread(subject, object) if compactness else 0.0
+        losses.append(-log_p.mean(-1) + scattered)
         probabilities.append((log_p.mean(-1).exp() * len(targets)).clamp(max=1).detach())
     return Judgement(torch.stack(losses, -1), torch.stack(probabilities, -1))
 

@@ -22,17 +22,19 @@ class SteeringSettings:
     start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
     in percent of a unit-variance latent's norm; with "raw gradient" (the paper's rule), the factor on the gradient.
     Both in model-input space. max_updates: per denoising step. stop_probability: a step ends once every relation
-    reached it. relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule).
+    reached it. relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule). compactness:
+    weight of the term that keeps each object in one place (0: the paper's loss).
     """
 
     start: float = 0.0
-    end: float = 0.4
+    end: float = 0.36
     step_size: float = 1.5
-    max_updates: int = 5
+    max_updates: int = 4
     stop_probability: float = 0.99
     update_rule: str = "normalised"
     relations_per_update: str = "all"
     recompute: bool = False
+    compactness: float = 6.0
 
     @property
     def is_off(self) -> bool:

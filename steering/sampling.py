@@ -191,7 +191,7 @@ class SteeringSession(Session):
         if not maps.layers:
             return None
         judgement = judge(maps, self.steering.graph.relations, self.classifier, self.backbone.name,
-                          self.schedule.progress[step])
+                          self.schedule.progress[step], self.steering.settings.compactness)
         self.last_maps = AttentionMaps(maps.phrases, tuple(
             dataclasses.replace(layer, maps=layer.maps.detach()) for layer in maps.layers))
 

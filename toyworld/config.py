@@ -56,5 +56,5 @@ class Sampling:
     scheduler: str
 
 
-SAMPLING = {"unet": Sampling(25, 3.0, "ddim", "ddim_uniform"), "flux": Sampling(25, 2.5, "euler", "simple")}
+SAMPLING = {"unet": Sampling(25, 2.5, "ddim", "ddim_uniform"), "flux": Sampling(25, 2.5, "euler", "simple")}
 """By backbone: how the small models are sampled in workflows, benchmarks and tests."""

@@ -1,7 +1,8 @@
 """Exact detector of the small world: template matching by colour and shape, and GenEval's rule for relations.
 
 A plane is fitted to the background. For every noun, size and place, the score is the share of the template's energy
-(against that background) that the picture explains: 1 for a perfect match, 0 for bare background.
+(against that background) that the picture explains, mostly inside the object's shape: 1 for a perfect match, 0 for bare
+background.
 """
 from __future__ import annotations
 
@@ -19,6 +20,9 @@ THRESHOLD = 0.5
 OVERLAP = 0.3
 """A weaker detection that shares more than this part of the smaller box with a stronger one is dropped."""
 CANDIDATES = 48
+BOX_SHARE = 0.25
+"""Weight of what the whole box shows; the rest is what lies inside the object's shape. Boxes of neighbours may overlap where
+the objects do not."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,22 @@ class MultiVerdict:
 
 @dataclass(frozen=True)
 class _Templates:
-    """All nouns at one size. `kernels` [4N, 3, S, S]: opacity times colour, then opacity alone on each channel."""
+    """All nouns at one size. `kernels` [8N, 3, S, S]: opacity times colour, then opacity alone on each channel; then the
+    same inside the shape. `shapes` [N, 1, S, S]: 1 inside the shape."""
 
     size: int
     extents: tuple[tuple[int, int], ...]
     kernels: torch.Tensor
+    shapes: torch.Tensor
     energy: torch.Tensor
-    """[N, 5]: sums over the template of a²|T|², a²T per channel, a² (a opacity, T colour)."""
+    """[N, 2, 5], in the box and inside the shape: sums of a²|T|², a²T per channel, a² (a opacity, T colour)."""
 
 
 @functools.cache
 def _templates(size: int, nouns: tuple[str, ...]) -> _Templates:
-    kernels = torch.zeros(len(nouns), 4, 3, size, size)
-    energy = torch.zeros(len(nouns), 5)
+    kernels = torch.zeros(len(nouns), 2, 4, 3, size, size)
+    shapes = torch.zeros(len(nouns), 1, size, size)
+    energy = torch.zeros(len(nouns), 2, 5)
     extents = []
     for index, noun in enumerate(nouns):
         colours, opacity = sprite(noun, size)
@@ -81,14 +88,16 @@ def _templates(size: int, nouns: tuple[str, ...]) -> _Templates:
         alpha = torch.from_numpy(opacity[..., 0].copy())
         height, width = alpha.shape
         extents.append((height, width))
-        kernels[index, 0, :, :height, :width] = alpha * colour
-        for channel in range(3):
-            kernels[index, 1 + channel, channel, :height, :width] = alpha
-        squared = alpha ** 2
-        energy[index, 0] = (squared * colour ** 2).sum()
-        energy[index, 1:4] = (squared * colour).sum(dim=(1, 2))
-        energy[index, 4] = squared.sum()
-    return _Templates(size, tuple(extents), kernels.flatten(0, 1), energy)
+        shapes[index, 0, :height, :width] = alpha > 0.5
+        for part, weight in enumerate((alpha, alpha * (alpha > 0.5))):
+            kernels[index, part, 0, :, :height, :width] = weight * colour
+            for channel in range(3):
+                kernels[index, part, 1 + channel, channel, :height, :width] = weight
+            squared = weight ** 2
+            energy[index, part, 0] = (squared * colour ** 2).sum()
+            energy[index, part, 1:4] = (squared * colour).sum(dim=(1, 2))
+            energy[index, part, 4] = squared.sum()
+    return _Templates(size, tuple(extents), kernels.flatten(0, 2), shapes, energy)
 
 
 def fit_background(images: torch.Tensor) -> torch.Tensor:
@@ -110,20 +119,25 @@ def _score_maps(images: torch.Tensor, background: torch.Tensor, templates: _Temp
     """Scores [B, N, H, W] by the upper left corner of the box; -1 where the box would leave the picture."""
     difference = images - background
     size, nouns = templates.size, len(templates.extents)
-    padded = torch.nn.functional.pad(difference, (0, size - 1, 0, size - 1))
-    products = torch.nn.functional.conv2d(padded, templates.kernels).unflatten(1, (nouns, 4))
-    integral = torch.nn.functional.pad(difference.square().sum(dim=1).cumsum(1).cumsum(2), (1, 0, 1, 0))
+    margin = (0, size - 1, 0, size - 1)
+    products = torch.nn.functional.conv2d(torch.nn.functional.pad(difference, margin), templates.kernels)
+    products = products.unflatten(1, (nouns, 2, 4))
+    squares = difference.square().sum(dim=1, keepdim=True)
+    inside = torch.nn.functional.conv2d(torch.nn.functional.pad(squares, margin), templates.shapes)
+    integral = torch.nn.functional.pad(squares[:, 0].cumsum(1).cumsum(2), (1, 0, 1, 0))
     scores = torch.full((images.shape[0], nouns, *images.shape[2:]), -1.0)
     for index, (height, width) in enumerate(templates.extents):
         rows, columns = images.shape[2] - height + 1, images.shape[3] - width + 1
         local = background[:, :, height // 2:height // 2 + rows, width // 2:width // 2 + columns]
-        seen = (integral[:, height:, width:] + integral[:, :rows, :columns]
-                - integral[:, height:, :columns] - integral[:, :rows, width:])
-        product = products[:, index, :, :rows, :columns]
-        matched = product[:, 0] - (local * product[:, 1:]).sum(dim=1)
-        square, linear, area = templates.energy[index, 0], templates.energy[index, 1:4], templates.energy[index, 4]
-        energy = square - 2 * torch.einsum("bchw,c->bhw", local, linear) + area * local.square().sum(dim=1)
-        scores[:, index, :rows, :columns] = 1 - (seen - 2 * matched + energy) / energy
+        in_box = (integral[:, height:, width:] + integral[:, :rows, :columns]
+                  - integral[:, height:, :columns] - integral[:, :rows, width:])
+        scores[:, index, :rows, :columns] = 0
+        for part, (seen, share) in enumerate(((in_box, BOX_SHARE), (inside[:, index, :rows, :columns], 1 - BOX_SHARE))):
+            product = products[:, index, part, :, :rows, :columns]
+            matched = product[:, 0] - (local * product[:, 1:]).sum(dim=1)
+            square, linear, area = templates.energy[index, part].split((1, 3, 1))
+            energy = square - 2 * torch.einsum("bchw,c->bhw", local, linear) + area * local.square().sum(dim=1)
+            scores[:, index, :rows, :columns] += share * (1 - (seen - 2 * matched + energy) / energy)
     return scores
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from classifiers.base import ClassifierError, MapLayout, RelationClassifier, check_layout, relation_indices
 from classifiers.geometric import GeometricClassifier
@@ -53,9 +52,3 @@ def test_unknown_relation_is_named_with_the_known_ones():
         relation_indices(Stub(), ["above", "inside"])
     with pytest.raises(ClassifierError, match="without a predicate"):
         relation_indices(Stub(), [])
-
-
-def test_regulariser_is_zero_unless_a_classifier_has_one():
-    maps = torch.rand(3, 2, 16, 16)
-    assert torch.equal(Stub().regulariser(maps, maps), torch.zeros(3))
-    assert isinstance(Stub(), RelationClassifier)

@@ -1,13 +1,11 @@
 """The geometric classifier on synthetic blobs: exact values, gradients, extremes."""
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from classifiers.base import ClassifierError, relation_indices
-from classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate
+from classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate, spread
 
 SIZE = 16
 NO_PROGRESS = torch.zeros(1)
@@ -86,7 +84,7 @@ def test_loss_on_above_moves_the_subject_up_and_into_line():
 
 @pytest.mark.parametrize("settings", [
     GeometricSettings(),
-    GeometricSettings(pairwise=0.4, compactness=0.7, compact_radius=0.1, sharpness=3.0),
+    GeometricSettings(pairwise=0.4, sharpness=3.0),
 ])
 @pytest.mark.parametrize("relation", ["above", "to the right of", "below and to the left of"])
 def test_gradient_agrees_with_finite_differences(settings, relation):
@@ -94,7 +92,7 @@ def test_gradient_agrees_with_finite_differences(settings, relation):
     subject, object = smooth(1).requires_grad_(), smooth(2).requires_grad_()
 
     def loss(first, second):
-        return cross_entropy(classifier, first, second, relation) + classifier.regulariser(first, second).sum()
+        return cross_entropy(classifier, first, second, relation) + 6 * spread(first, second).sum()
 
     value = loss(subject, object)
     gradients = torch.autograd.grad(value, (subject, object))
@@ -108,14 +106,14 @@ def test_gradient_agrees_with_finite_differences(settings, relation):
 
 
 def test_rows_of_a_batch_do_not_influence_each_other():
-    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5, compactness=1.0))
+    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5))
     subject, object = smooth(3, batch=4), smooth(4, batch=4)
     together = classifier.logits(subject, object, torch.zeros(4))
-    spread = classifier.regulariser(subject, object)
+    scattered = spread(subject, object)
     for row in range(4):
         one = slice(row, row + 1)
         assert torch.allclose(classifier.logits(subject[one], object[one], NO_PROGRESS), together[one], atol=1e-12)
-        assert torch.allclose(classifier.regulariser(subject[one], object[one]), spread[one], atol=1e-12)
+        assert torch.allclose(spread(subject[one], object[one]), scattered[one], atol=1e-12)
 
 
 def test_scale_and_offset_of_the_maps_do_not_matter():
@@ -131,9 +129,9 @@ def test_extreme_maps_give_finite_logits_and_gradients(kind, dtype):
     maps = {"zeros": torch.zeros(2, 3, SIZE, SIZE), "flat": torch.full((2, 3, SIZE, SIZE), 1 / 256),
             "one cell": block(15, 0, side=1).float().repeat(2, 1, 1, 1), "huge": smooth(7, batch=2, channels=3) * 6e4,
             "tiny": smooth(7, batch=2, channels=3) * 1e-3}[kind].to(dtype).requires_grad_()
-    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5, compactness=1.0))
+    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5))
     logits = classifier.logits(maps, maps.detach().flip(2), torch.zeros(2))
-    (torch.logsumexp(logits, 1) + classifier.regulariser(maps, maps.detach())).sum().backward()
+    (torch.logsumexp(logits, 1) + spread(maps, maps.detach())).sum().backward()
     assert logits.dtype == torch.float32 and logits.isfinite().all() and maps.grad.isfinite().all()
 
 
@@ -143,16 +141,14 @@ def test_flat_maps_favour_no_side():
     assert torch.allclose(probabilities[:4], probabilities[0].expand(4)) and probabilities.max() < 0.3
 
 
-def test_doubled_object_is_penalised_by_compactness_and_by_pairs():
+def test_doubled_object_is_penalised_by_its_spread_and_by_pairs():
     """The subject above the object, and once more below it: the mean hides it, the two terms do not."""
     single = block(7, 1)
     doubled = single + block(7, 13, value=0.6)
     object = block(7, 9)
-    settings = GeometricSettings(compactness=1.0)
-    classifier = GeometricClassifier(settings)
-    assert classifier.regulariser(single, object) == 0
-    assert classifier.regulariser(doubled, object) > 1
-    by_pairs = GeometricClassifier(replace(settings, pairwise=1.0))
+    assert spread(single, object) == 0
+    assert spread(doubled, object) > 0.1
+    by_pairs = GeometricClassifier(GeometricSettings(pairwise=1.0))
     index = relation_indices(by_pairs, ["above"])[0]
     assert by_pairs.logits(single, object, NO_PROGRESS)[0, index] == pytest.approx(0, abs=1e-2)
     assert by_pairs.logits(doubled, object, NO_PROGRESS)[0, index] < -2

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from toyworld.detector import THRESHOLD, Detection, detect, fit_background, judge, judge_relations
-from toyworld.scenes import EXTRA_NOUNS, NOUNS, Scene, background, random_scene
+from toyworld.scenes import EXTRA_NOUNS, NOUNS, PlacedObject, Scene, background, random_scene, render, sprite
 
 
 def draw(count: int, seed: int) -> list[Scene]:
@@ -49,6 +49,25 @@ def test_blur_and_noise_are_tolerated() -> None:
     total = sum(len(scene.objects) for scene in scenes)
     assert missed <= 0.03 * total and extra <= 0.01 * total
     assert np.mean(errors) < 1
+
+
+def test_neighbours_with_overlapping_boxes_are_found() -> None:
+    """Boxes that share a corner of a few pixels, as models draw them; the shapes hardly touch."""
+    rng = np.random.default_rng(8)
+    images, wanted = [], []
+    for _ in range(120):
+        nouns = [NOUNS[k] for k in rng.permutation(len(NOUNS))[:2]]
+        boxes, sizes, (x0, y0) = [], [], (4, 4)
+        for noun in nouns:
+            sizes.append(int(rng.choice((20, 26))))
+            height, width = sprite(noun, sizes[-1])[0].shape[:2]
+            boxes.append((x0, y0, x0 + width, y0 + height))
+            x0, y0 = x0 + width - int(rng.integers(2, 7)), y0 + height - int(rng.integers(2, 7))
+        objects = tuple(PlacedObject(noun, box) for noun, box in zip(nouns, boxes, strict=True))
+        images.append(render(objects, tuple(sizes), background(rng)))
+        wanted.append(sorted(nouns))
+    found = [sorted(item.noun for item in items) for items in detect(np.stack(images))]
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 117
 
 
 def test_nothing_is_found_on_bare_or_noisy_backgrounds() -> None:
