@@ -5,14 +5,18 @@ The positions travel inside the conditioning, so that what is steered is what wa
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
 from .attention import WordColumns
+from .prompt_reading import occurrences
 
 CONDITIONING_KEY = "learn_to_steer_prompt"
+_EMBEDDING = "embedding:"  # how a prompt names a textual inversion
 
 
 class TokenError(ValueError):
@@ -42,31 +46,56 @@ class TokenisedPrompt:
     def find(self, phrase: str, stream: str) -> tuple[int, ...]:
         """Positions of the phrase's tokens in `stream`; "dog#2" asks for the second occurrence.
 
-        Raises TokenError where the prompt does not contain the phrase (often enough).
+        The phrase counts where it stands as whole words, whatever the case. Raises TokenError where the prompt does
+        not contain it (often enough), and where the encoder's tokens join it to another word.
         """
         words, _, number = phrase.partition("#")
-        words, wanted = words.strip(), int(number) if number.strip().isdigit() else 1
-        special = set(self.tokenize("")[stream])
-        tokens = self.streams[stream]
-        for variant in dict.fromkeys((words, words.lower(), words.capitalize(), words.title())):
-            ids = tuple(token for token in self.tokenize(variant)[stream] if token not in special)
-            starts = [start for start in range(len(tokens)) if ids and tokens[start:start + len(ids)] == ids]
-            starts = self._whole_words(variant, starts)
-            if len(starts) >= wanted:
-                start = starts[wanted - 1]
-                return tuple(range(start, start + len(ids)))
-        times = "" if wanted == 1 else f" {wanted} times"
-        raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. Write the "
-                         "object in the prompt exactly as in the relation (the same words in the same order), or "
-                         "change the relation.")
+        words, wanted = words.strip(), int(number) if number.strip().isdecimal() else 1
+        spans = self._spans(words)
+        if not 1 <= wanted <= len(spans):
+            times = "" if wanted == 1 else f" {wanted} times"
+            raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. Write the "
+                             "object in the prompt exactly as in the relation (the same words in the same order), or "
+                             "change the relation.")
+        places = self._places(*spans[wanted - 1], stream)
+        if not places:
+            raise TokenError(f"input 'positive': in the prompt \"{self.text}\" the text encoder does not keep \"{words}\" "
+                             "apart from what stands beside it. Write a space before and after it, or use another word.")
+        return places
 
-    def _whole_words(self, words: str, starts: list[int]) -> list[int]:
-        """Drops matches that are the beginning of a longer word ("dog" in "dogfish", where tokens are word pieces)."""
-        begun = list(re.finditer(rf"(?<!\w){re.escape(words)}", self.text))
-        if len(begun) != len(starts):  # the longer word has tokens of its own, or the case differs
-            return starts
-        return [start for start, match in zip(starts, begun, strict=True)
-                if not re.match(r"\w", self.text[match.end():match.end() + 1])]
+    def _spans(self, words: str) -> list[tuple[int, int]]:
+        """(start, end) of the words in the text as the encoder reads it: the segments, a space between them.
+
+        "_" separates words only where they stand nowhere else, so that occurrences are numbered as in the graph.
+        """
+        text, words = (" ".join(_segments(part)) for part in (self.text, words))
+        if not words.strip():
+            return []
+        if _EMBEDDING not in words:  # "dog" is no word of "embedding:dog"
+            text = re.sub(rf"(?<!\S){_EMBEDDING}\S+", lambda name: "\0" * len(name.group()), text)
+        return occurrences(words, text) or occurrences(words, text.replace("_", " "))
+
+    def _places(self, start: int, end: int, stream: str) -> tuple[int, ...]:
+        """Positions of the tokens that cover `start` to `end` of the text as read, () where other words share them.
+
+        Between two tokens the text may be cut: what is before the cut has the same tokens without what follows. Where
+        a token reaches over the border of the span ("'d" in "'dog'"), punctuation beside the span is taken in.
+        """
+        segments, special = _segments(self.text), set(self.tokenize("")[stream])
+        text = " ".join(segments)
+        places = [place for place, token in enumerate(self.streams[stream]) if token not in special]
+        tokens = [self.streams[stream][place] for place in places]
+
+        def before(cut: int) -> int | None:
+            """How many tokens are before the cut; None where it goes through a token."""
+            head = [token for token in self.tokenize(_up_to(cut, segments))[stream] if token not in special]
+            return len(head) if tokens[:len(head)] == head else None
+
+        while (first := before(start)) is None and start > 0 and _is_mark(text[start - 1]):
+            start -= 1
+        while (last := before(end)) is None and end < len(text) and _is_mark(text[end]):
+            end += 1
+        return () if first is None or last is None else tuple(places[first:last])
 
     def columns(self, phrases: Sequence[str], streams: Sequence[str], tokens: int) -> WordColumns:
         """Columns of the phrases among `tokens` text tokens; the first of `streams` that exists counts.
@@ -78,6 +107,29 @@ class TokenisedPrompt:
             raise TokenError(f"input 'positive': encoded by {', '.join(self.streams)}, but this model reads "
                              f"{' or '.join(streams)}. Use the text encoder that belongs to the model.")
         return WordColumns.build({phrase: self.find(phrase, stream) for phrase in phrases}, tokens)
+
+
+def _segments(text: str) -> list[str]:
+    """The pieces of one weight each that the host tokenises one by one, without "(…:1.2)" and escapes.
+
+    NFC is what both tokenizers make of the text first.
+    """
+    weighted = token_weights(escape_important(unicodedata.normalize("NFC", text)), 1.0)
+    return [segment for segment in (unescape_important(words) for words, _ in weighted) if segment]
+
+
+def _up_to(cut: int, segments: Sequence[str]) -> str:
+    """The prompt up to the cut, a place in the segments joined by spaces, with the same segments for the host."""
+    text = ""
+    for segment in segments:
+        head = segment[:max(cut, 0)].replace("(", "\\(").replace(")", "\\)")
+        text += f"({head}:1)" if head else ""
+        cut -= len(segment) + 1
+    return text
+
+
+def _is_mark(character: str) -> bool:
+    return not character.isalnum() and not character.isspace()
 
 
 def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]:
