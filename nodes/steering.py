@@ -39,7 +39,7 @@ def settings_inputs() -> list[io.Input]:
         io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
                          tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
                                  "memory, about a third more time. Same gradient."),
-        io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True,
+        io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True, optional=True,
                        tooltip="Keeps each object in one place, so that steering does not draw it twice. 0: the "
                                "classifier's loss alone, as in the paper."),
     ]
