@@ -15,7 +15,7 @@ LATENT_SIZE = IMAGE_SIZE // PATCH
 
 
 class PatchTransform(torch.nn.Module):
-    """Pictures [B, 3, H, W] from -1 to 1 to latents [B, channels, H/4, W/4] of about unit variance, and back."""
+    """Pictures [B, 3, H, W] from -1 to 1 to latents [B, channels, H/4, W/4], and back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

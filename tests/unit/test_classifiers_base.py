@@ -52,3 +52,7 @@ def test_unknown_relation_is_named_with_the_known_ones():
         relation_indices(Stub(), ["above", "inside"])
     with pytest.raises(ClassifierError, match="without a predicate"):
         relation_indices(Stub(), [])
+
+
+def test_what_has_the_parts_of_a_classifier_is_one():
+    assert isinstance(Stub(), RelationClassifier)
