@@ -39,7 +39,7 @@ from learn_to_steer.steering.relations import build_graph  # noqa: E402
 from learn_to_steer.steering.sampling import Steering, apply_steering  # noqa: E402
 from learn_to_steer.steering.tokens import encode_prompt  # noqa: E402
 from learn_to_steer.toyworld import models, scenes  # noqa: E402
-from learn_to_steer.toyworld.config import SAMPLING, Sampling  # noqa: E402
+from learn_to_steer.toyworld.config import SAMPLING, STEERING, Sampling  # noqa: E402
 from learn_to_steer.toyworld.detector import detect, judge_relations  # noqa: E402
 
 from .table import machine, print_table, write_json  # noqa: E402
@@ -81,7 +81,7 @@ def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
 
 def ways(backbone: str) -> dict[str, Callable[[object], Steering] | None]:
     """How to steer, by row name; only what is there."""
-    settings = SteeringSettings()
+    settings = SteeringSettings(**STEERING[backbone])
     found = {"unsteered": None,
              "geometric": functools.partial(_steered_by, GeometricClassifier(), settings),
              "random direction": lambda graph: Steering(graph, GeometricClassifier(), settings, move=random_move)}
@@ -122,7 +122,7 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
     return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
 
-def grid_rows(specifications: list[str], prompts: list, learned: Path | None = None) -> list[Row]:
+def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: Path | None = None) -> list[Row]:
     """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name."""
     axes = [[(name, value) for value in values.split(",")] for name, _, values in
             (item.partition("=") for item in specifications)]
@@ -130,7 +130,7 @@ def grid_rows(specifications: list[str], prompts: list, learned: Path | None = N
     for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
         geometric = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
-        settings = dataclasses.replace(SteeringSettings(), **steering)
+        settings = dataclasses.replace(usual, **steering)
         classifier = load_classifier(learned) if learned else GeometricClassifier(GeometricSettings(**geometric))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination),
                         functools.partial(_steered_by, classifier, settings), prompts))
@@ -146,28 +146,44 @@ def _parsed(text: str) -> float | int | str:
     return text
 
 
-def measure(world, row: Row, protocol: Sampling, say: Callable[[str], None]) -> dict:
-    """One row of the table. Picture k has seed k; seconds are those of sampling alone."""
+@dataclass(frozen=True)
+class Sampled:
+    """One picture (float [H, W, 3], 0 to 1), how many gradients were evaluated for it, and the seconds of sampling alone."""
+
+    image: torch.Tensor
+    gradients: int
+    seconds: float
+
+
+def sample_picture(world: tuple, prompt: str, seed: int, protocol: Sampling, steering: Steering | None) -> Sampled:
+    """Samples the prompt with an empty negative one through the host, steered or not."""
+    model, clip, vae = world
+    channels = model.get_model_object("latent_format").latent_channels
+    latent = torch.zeros(1, channels, 16, 16)
+    positive, negative = encode_prompt(clip, prompt), encode_prompt(clip, "")
+    patched, runs = (model, None) if steering is None else apply_steering(model, steering)
+    began = time.perf_counter()
+    samples = comfy.sample.sample(patched, comfy.sample.prepare_noise(latent, seed), protocol.steps, protocol.cfg,
+                                  protocol.sampler, protocol.scheduler, positive, negative, latent, seed=seed,
+                                  disable_pbar=True)
+    seconds = time.perf_counter() - began
+    gradients = 0 if runs is None else runs.last.report.gradient_evaluations
+    return Sampled(vae.decode(samples)[0], gradients, seconds)
+
+
+def measure(world: tuple, row: Row, protocol: Sampling, say: Callable[[str], None]) -> dict:
+    """One row of the table. Picture k has seed k."""
     (model, clip, vae), prompts = world, row.prompts
     if row.lora is not None:
         model, clip = comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(row.lora)), 1.0, 0.0)
-    channels = model.get_model_object("latent_format").latent_channels
-    latent = torch.zeros(1, channels, 16, 16)
-    negative = encode_prompt(clip, "")
-    seconds, gradients, verdicts = 0.0, 0, []
+    sampled, verdicts = [], []
     for seed, prompt in enumerate(prompts):
         graph = build_graph(prompt.text)
         wanted = [(r.subject, " and ".join(r.predicates), r.object) for r in graph.relations]
         assert sorted(wanted) == sorted(prompt.relations), (wanted, prompt.relations)
-        positive = encode_prompt(clip, prompt.text)
-        patched, runs = (model, None) if row.steering is None else apply_steering(model, row.steering(graph))
-        began = time.perf_counter()
-        samples = comfy.sample.sample(patched, comfy.sample.prepare_noise(latent, seed), protocol.steps, protocol.cfg,
-                                      protocol.sampler, protocol.scheduler, positive, negative, latent, seed=seed,
-                                      disable_pbar=True)
-        seconds += time.perf_counter() - began
-        gradients += 0 if runs is None else runs.last.report.gradient_evaluations
-        verdicts.append(judge_relations(detect(vae.decode(samples))[0], wanted))
+        steering = None if row.steering is None else row.steering(graph)
+        sampled.append(sample_picture((model, clip, vae), prompt.text, seed, protocol, steering))
+        verdicts.append(judge_relations(detect(sampled[-1].image[None])[0], wanted))
         if (seed + 1) % 20 == 0:
             say(f"{row.name}: {seed + 1}/{len(prompts)}")
     return {"name": row.name, "group": row.group, "prompts": len(prompts),
@@ -175,7 +191,8 @@ def measure(world, row: Row, protocol: Sampling, say: Callable[[str], None]) -> 
             "clean": float(np.mean([v.clean for v in verdicts])),
             "relation_correct": float(np.mean([np.mean(v.relations) for v in verdicts])),
             "exact": float(np.mean([v.exact for v in verdicts])),
-            "gradient_evaluations": gradients / len(prompts), "seconds": seconds / len(prompts), "seconds_ratio": None}
+            "gradient_evaluations": float(np.mean([one.gradients for one in sampled])),
+            "seconds": float(np.mean([one.seconds for one in sampled])), "seconds_ratio": None}
 
 
 def leakage(backbone: str) -> dict:
@@ -200,13 +217,14 @@ def main() -> None:
     protocol = SAMPLING[arguments.backbone]
     if arguments.cfg is not None:
         protocol = dataclasses.replace(protocol, cfg=arguments.cfg)
+    usual = SteeringSettings(**STEERING[arguments.backbone])
     if arguments.grid:
-        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), arguments.learned)
+        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), usual, arguments.learned)
     else:
         rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
                 if not arguments.rows or row.name in arguments.rows]
     result = {"machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
-              "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(SteeringSettings()), "rows": []}
+              "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(usual), "rows": []}
     if not arguments.grid:
         result["classifiers"] = leakage(arguments.backbone)
     print(result["machine"])

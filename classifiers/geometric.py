@@ -132,13 +132,13 @@ def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
     return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
 
 
-def spread(subject: Tensor, object: Tensor, sharpness: float = GeometricSettings.sharpness) -> Tensor:
+def spread(subject: Tensor, object: Tensor) -> Tensor:
     """How far the two objects' attention spreads beyond COMPACT_RADIUS, [B], as a fraction of the picture's side.
 
     subject, object: [B, channels, H, W]. Large where an object is about to be drawn twice, which a relation's loss does
     not see: its centre may be right all the same.
     """
-    radii = (locate(maps, sharpness).deviation.square().sum(dim=1).sqrt() for maps in (subject, object))
+    radii = (locate(maps, GeometricSettings.sharpness).deviation.square().sum(dim=1).sqrt() for maps in (subject, object))
     return sum(torch.relu(radius - COMPACT_RADIUS) for radius in radii)
 
 

@@ -19,11 +19,18 @@ class Judgement:
     """What the classifier says of each relation. loss, probability: [B, relations]; probability of the right class.
 
     A diagonal with two targets has the mean of both cross-entropies as loss and exp(−loss) as probability, scaled so
-    that an even split between its two targets counts as 1.
+    that an even split between its two targets counts as 1. scattered: [B, relations], the part of the loss that the
+    spread of the two objects' attention makes.
     """
 
     loss: Tensor
     probability: Tensor
+    scattered: Tensor
+
+    @property
+    def fulfilment(self) -> Tensor:
+        """What is held against the stopping probability, [B, relations]: the probability, less while an object is spread."""
+        return self.probability * (-self.scattered).exp()
 
 
 def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: RelationClassifier, backbone: str,
@@ -37,16 +44,17 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
     check_layout(classifier, maps.channels, backbone)
     stack = maps.stack(classifier.layout.size, classifier.layout.normalise)  # [B, words, channels, size, size]
     when = torch.full((stack.shape[0],), progress, device=stack.device, dtype=stack.dtype)
-    losses, probabilities = [], []
+    losses, probabilities, spreads = [], [], []
     for relation in relations:
         subject = stack[:, maps.phrases.index(relation.subject)]
         object = stack[:, maps.phrases.index(relation.object)]
         targets = relation_indices(classifier, relation.predicates)
         log_p = F.log_softmax(classifier.logits(subject, object, when), dim=-1)[:, targets]
-        scattered = compactness * spread(subject, object) if compactness else 0.0
+        scattered = compactness * spread(subject, object) if compactness else torch.zeros_like(log_p[:, 0])
         losses.append(-log_p.mean(-1) + scattered)
+        spreads.append(scattered.detach())
         probabilities.append((log_p.mean(-1).exp() * len(targets)).clamp(max=1).detach())
-    return Judgement(torch.stack(losses, -1), torch.stack(probabilities, -1))
+    return Judgement(torch.stack(losses, -1), torch.stack(probabilities, -1), torch.stack(spreads, -1))
 
 
 def total_loss(judgement: Judgement, weights: Sequence[float], chosen: int | None) -> Tensor:

@@ -28,8 +28,8 @@ class SteeringSettings:
 
     start: float = 0.0
     end: float = 0.36
-    step_size: float = 1.5
-    max_updates: int = 4
+    step_size: float = 2.5
+    max_updates: int = 3
     stop_probability: float = 0.99
     update_rule: str = "normalised"
     relations_per_update: str = "all"
@@ -89,7 +89,7 @@ def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: t
             on_record(_record(moment, update, None, None, None, None, "not recorded", began))
             return latent
         counted = [index for index, weight in enumerate(weights) if weight > 0]
-        open_pictures = ~(seen.judgement.probability[:, counted] >= settings.stop_probability).all(-1)
+        open_pictures = ~(seen.judgement.fulfilment[:, counted] >= settings.stop_probability).all(-1)
         chosen = counted[(turn + update) % len(counted)] if settings.relations_per_update == "one" else None
         loss = total_loss(seen.judgement, weights, chosen)
         if not open_pictures.any():

@@ -44,6 +44,10 @@ class PatchTransform(torch.nn.Module):
             other.decode_bias.copy_(self.decode_bias - shift * scale * self.decode_weight.sum(dim=0))
         return other
 
+    def restored(self, scale: float, shift: float) -> PatchTransform:
+        """The transform of which `rescaled` with the same numbers makes this one."""
+        return self.rescaled(1 / scale, -shift * scale)
+
     def rgb_factors(self) -> tuple[list[list[float]], list[float]]:
         """Mean colour (-1 to 1) of a patch as a function of its latent, for previews: [channels][3] and bias [3]."""
         return self.decode_weight.mean(dim=(2, 3)).tolist(), self.decode_bias.mean(dim=(1, 2)).tolist()

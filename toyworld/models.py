@@ -149,8 +149,7 @@ def build_flux(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPat
     model.model.model_sampling.set_parameters(shift=FLUX_SHIFT, multiplier=1.0)
     latent_format = model.model.latent_format
     latent_format.spacial_downscale_ratio = PATCH
-    transform = build_transform(tensors).rescaled(1 / latent_format.scale_factor,
-                                                  -latent_format.shift_factor * latent_format.scale_factor)
+    transform = build_transform(tensors).restored(latent_format.scale_factor, latent_format.shift_factor)
     latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = transform.rgb_factors()
     return model
 

@@ -31,8 +31,9 @@ from .text import TextTransformer, WordTokenizer
 
 EMPTY_CAPTIONS = 0.1
 """Share of captions left empty, for classifier-free guidance."""
-HIGH_NOISE = 1.5
-"""Above 1, the UNet sees noisy steps more often than clean ones."""
+DECIDING_STEPS, DECIDING_SHARE = (0.45, 0.9), 0.7
+"""Where in the UNet's schedule it is decided which objects there are (as shares of it), and how many of the noisy pictures
+are drawn from there; the others from all of it."""
 FLUX_NOISE = 2.3
 """Mean of the logit of FLUX's times: where objects are decided, since they are few and stand out of much noise."""
 
@@ -108,7 +109,9 @@ class UNetRecipe:
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
         strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
-        strata = 1 - (1 - strata) ** HIGH_NOISE  # the noisy steps decide which objects there are
+        low, high = DECIDING_STEPS
+        strata = torch.where(strata < DECIDING_SHARE, low + (high - low) * strata / DECIDING_SHARE,
+                             (strata - DECIDING_SHARE) / (1 - DECIDING_SHARE))
         steps = (strata * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
         sigma = self.sigmas[steps].view(-1, 1, 1, 1)
         signal, spread = (sigma ** 2 + 1).rsqrt(), sigma * (sigma ** 2 + 1).rsqrt()

@@ -140,7 +140,7 @@ class Run:
         transform = build_transform(tensors)
         if name == "flux":
             host = comfy.latent_formats.Flux()
-            transform = transform.rescaled(1 / host.scale_factor, -host.shift_factor * host.scale_factor)
+            transform = transform.restored(host.scale_factor, host.shift_factor)
         latents = draw_batch(np.random.default_rng(0), 512, self.recipe.layout, transform, self.tokenizer).latents
         self.transform = transform.rescaled(float(latents.std()) / self.recipe.deviation, 0.0)
 

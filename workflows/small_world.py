@@ -4,13 +4,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from toyworld.config import SAMPLING
+from toyworld.config import SAMPLING, STEERING
 
 from .sheet import Group, Node, Note, Output, Sheet, read_note
 
 SEED, MULTI_SEED, FLUX_SEED = 2, 1, 1  # the first with the right objects in wrong places, and all right with steering
 PROMPT = "a photo of a dog to the right of a teddy bear"
 MULTI_PROMPT = "a photo of a dog to the left of a cat and an apple above the cat"
+INPUTS = {"end": "end_percent", "step_size": "step_size"}
+"""The sampler's input for each setting in STEERING."""
 GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
 
 
@@ -32,24 +34,24 @@ def start(sheet: Sheet, note: Note, prompt: str, backbone: str) -> tuple[Node, N
 
 
 def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, sampling: Mapping[str, Any],
-         steered: bool) -> list[list[Node]]:
-    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes."""
+         steering: Mapping[str, float] | None) -> list[list[Node]]:
+    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes; steering: inputs, None: not steered."""
     loader, graph, negative, latent = parts
     capture = sheet.node("LearnToSteerCapture", model=loader["model"], graph=graph["graph"])
     common = {**sampling, "model": capture["model"], "positive": graph["positive"],
               "negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
     first, behind = [capture], []
-    if steered:
+    if steering is not None:
         classifier = sheet.node("LearnToSteerClassifierLoader")
         sampler = sheet.node("LearnToSteerKSampler", width=320, graph=graph["graph"],
-                             classifier=classifier["classifier"], **common)
+                             classifier=classifier["classifier"], **common, **steering)
         report = sheet.node("LearnToSteerReport", width=620, report=sampler["report"])
         first += [classifier]
         behind = [[report, sheet.node("SaveImage", "Save plot", width=620, collapsed=True, images=report["plot"],
                                       filename_prefix="learn_to_steer/probability")]]
     else:
         sampler = sheet.node("KSampler", width=320, **common)
-    samples = sampler["latent" if steered else "LATENT"]
+    samples = sampler["LATENT" if steering is None else "latent"]
     maps = sheet.node("LearnToSteerMaps", capture=capture["capture"], samples=samples)
     decoded = sheet.node("VAEDecode", samples=maps["samples"], vae=loader["vae"])
     judge = sheet.node("LearnToSteerToyJudge", f"Judge {name}", width=380, image=decoded["IMAGE"], graph=graph["graph"])
@@ -70,8 +72,9 @@ def two_lines(name: str, object_info: Mapping[str, Any], prompt: str, seed: int,
     chosen = SAMPLING[backbone]
     sampling = {"seed": seed, "steps": chosen.steps, "cfg": chosen.cfg, "sampler_name": chosen.sampler,
                 "scheduler": chosen.scheduler}
-    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", sampling, False), RED),
-                 Group("With steering, the same seed", line(sheet, parts, "steered", sampling, True), BLUE))
+    steering = {INPUTS[name]: value for name, value in STEERING[backbone].items()}
+    sheet.column(Group("Without steering", line(sheet, parts, "unsteered", sampling, None), RED),
+                 Group("With steering, the same seed", line(sheet, parts, "steered", sampling, steering), BLUE))
     return sheet
 
 

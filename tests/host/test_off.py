@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import Scene
 from learn_to_steer.classifiers.geometric import GeometricClassifier
+from learn_to_steer.steering.objective import Judgement
+from learn_to_steer.steering.optimizer import Look, Moment, SteeringSettings, steer_step
 from learn_to_steer.steering.relations import Relation, RelationGraph, build_graph
 from learn_to_steer.steering.sampling import Capture, apply_capture, apply_steering
 
@@ -59,6 +61,20 @@ def test_a_relation_that_already_holds_moves_nothing(scene: Scene, sampler: str)
     patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.0))
     assert torch.equal(scene.sample(patched, sampler), scene.sample(sampler=sampler))
     assert {record.outcome for record in runs.last.report.records} == {"satisfied"}
+
+
+def test_a_step_goes_on_while_an_object_is_spread():
+    """A relation that holds is not enough: an object seen in two places would be drawn twice."""
+    spreads, records = iter((0.2, 0.2, 0.0)), []
+
+    def look(latent: torch.Tensor) -> Look:
+        judgement = Judgement(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([[next(spreads)]]))
+        return Look(judgement, lambda loss: torch.ones_like(latent))
+
+    moved = steer_step(torch.zeros(1, 4, 8, 8), look, (1.0,), SteeringSettings(stop_probability=0.99, max_updates=5),
+                       Moment(0, 1.0, 0.0), on_record=records.append)
+    assert [record.outcome for record in records] == ["moved", "moved", "satisfied"]
+    assert (moved != 0).all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
