@@ -29,7 +29,7 @@ def settings_inputs() -> list[io.Input]:
                      tooltip="Updates per denoising step at most. 0 switches steering off."),
         io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.001, round=False,
                        tooltip="A denoising step needs no further update once the classifier gives every relation this "
-                               "probability."),
+                               "probability and (unless compactness is 0) each object's attention lies in one place."),
         io.Combo.Input("update_rule", options=list(UPDATE_RULES), default=DEFAULTS.update_rule, advanced=True,
                        tooltip="normalised: each update has the same length. raw gradient: as in the paper, for published "
                                "classifiers."),
@@ -40,8 +40,8 @@ def settings_inputs() -> list[io.Input]:
                          tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
                                  "memory, about a third more time. Same gradient."),
         io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True, optional=True,
-                       tooltip="Keeps each object in one place, so that steering does not draw it twice. 0: the "
-                               "classifier's loss alone, as in the paper."),
+                       tooltip="Keeps each object in one place, so that steering does not draw it twice; updates go on "
+                               "until that is so. 0: the classifier's loss alone, as in the paper, and fewer updates."),
     ]
 
 

@@ -265,6 +265,7 @@ class Prompt:
 
 SPLIT_SEEDS = {"tune": 1_000_003, "report": 2_000_003}
 """Prompts for choosing settings and prompts for reporting never share a pair of nouns in the same order."""
+_HALVING_SEED = 3_000_003
 
 
 def two_object_prompts(count: int, split: str = "report", nouns: tuple[str, ...] = NOUNS,
@@ -275,8 +276,9 @@ def two_object_prompts(count: int, split: str = "report", nouns: tuple[str, ...]
     """
     if split not in SPLIT_SEEDS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_SEEDS)}, got {split!r}")
-    pairs = [(a, b) for i, a in enumerate(nouns) for j, b in enumerate(nouns)
-             if a != b and (i + j) % 2 == (split == "tune") and (not featured or {a, b} & set(featured))]
+    pairs = [(a, b) for a in nouns for b in nouns if a != b and (not featured or {a, b} & set(featured))]
+    shuffled = np.random.default_rng(_HALVING_SEED).permutation(len(pairs))
+    pairs = [pairs[index] for index in shuffled[list(SPLIT_SEEDS).index(split)::2]]
     rng = np.random.default_rng(SPLIT_SEEDS[split])
     prompts: list[Prompt] = []
     while len(prompts) < count:

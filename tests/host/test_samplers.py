@@ -68,7 +68,7 @@ def test_image_to_image_is_steered_late_only(scene: Scene):
 
 
 def test_batches_stop_picture_by_picture(scene: Scene):
-    patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.6, max_updates=4))
+    patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.6, max_updates=4, compactness=0.0))
     batched = scene.sample(patched, batch=3)
     moved = torch.tensor([record.moved for record in runs.last.report.records if record.gradient_norm])
     assert moved.shape[1] == 3 and not moved.all()
