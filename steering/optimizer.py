@@ -22,8 +22,9 @@ class SteeringSettings:
     start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
     in percent of a unit-variance latent's norm; with "raw gradient" (the paper's rule), the factor on the gradient.
     Both in model-input space. max_updates: per denoising step. stop_probability: a step ends once every relation's
-    fulfilment (probability, less while an object's attention is spread) reached it. relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule). compactness:
-    weight of the term that keeps each object in one place (0: the paper's loss).
+    fulfilment (probability, less while an object's attention is spread) reached it. relations_per_update: "all"
+    descends their weighted mean, "one" takes turns (the paper's rule). compactness: weight of the term that keeps each
+    object in one place (0: the paper's loss).
     """
 
     start: float = 0.0
