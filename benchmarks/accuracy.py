@@ -6,7 +6,10 @@ Suite "main", one relation: unsteered; geometric (default settings); random (mov
 directions: shows that it is the gradient); learned; learned without wrong captions (shows the leakage). Suite "several":
 three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
 object that the model never saw, taught by a LoRA. With --grid it compares settings instead, on the prompts for tuning,
-which share no ordered pair of objects with the reported ones, and --plot draws accuracy against gradient evaluations.
+which share no ordered pair of objects with the reported ones, and --plot draws accuracy against gradient evaluations:
+
+    python dev.py bench accuracy --prompts 40 --learned classifiers/weights/toyworld_unet.safetensors --one-by-one --grid
+        max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48 step_size=1.25,2.5,5 --plot docs/trade_off.png
 """
 from __future__ import annotations
 
@@ -122,18 +125,24 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
     return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
 
-def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: Path | None = None) -> list[Row]:
-    """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name."""
+def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: Path | None = None,
+              one_by_one: bool = False) -> list[Row]:
+    """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name.
+
+    one_by_one: each setting alone instead, a group per setting; rows with the same settings share their `steering`.
+    """
     axes = [[(name, value) for value in values.split(",")] for name, _, values in
             (item.partition("=") for item in specifications)]
-    rows = [Row("unsteered", None, prompts)]
-    for combination in itertools.product(*axes):
+    combinations = [(choice,) for axis in axes for choice in axis] if one_by_one else list(itertools.product(*axes))
+    rows, known = [Row("unsteered", None, prompts, "unsteered" if one_by_one else "settings")], {}
+    for combination in combinations:
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
         geometric = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
         settings = dataclasses.replace(usual, **steering)
         classifier = load_classifier(learned) if learned else GeometricClassifier(GeometricSettings(**geometric))
-        rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination),
-                        functools.partial(_steered_by, classifier, settings), prompts))
+        way = known.setdefault((settings, tuple(geometric.items())), functools.partial(_steered_by, classifier, settings))
+        name = " ".join(f"{n.split('.')[-1]}={v}" for n, v in combination)
+        rows.append(Row(name, way, prompts, combination[0][0] if one_by_one else rows[0].group))
     return rows
 
 
@@ -208,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--cfg", type=float, help="another guidance scale than the protocol's")
     parser.add_argument("--grid", nargs="+", metavar="NAME=V,V", help="compare settings on the prompts for tuning")
+    parser.add_argument("--one-by-one", action="store_true", help="with --grid: each setting alone, not every combination")
     parser.add_argument("--learned", type=Path, help="with --grid: this classifier instead of the geometric one")
     parser.add_argument("--plot", type=Path, help="with --grid: draw the trade-off here (PNG)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -219,7 +229,8 @@ def main() -> None:
         protocol = dataclasses.replace(protocol, cfg=arguments.cfg)
     usual = SteeringSettings(**STEERING[arguments.backbone])
     if arguments.grid:
-        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), usual, arguments.learned)
+        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), usual, arguments.learned,
+                         arguments.one_by_one)
     else:
         rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
                 if not arguments.rows or row.name in arguments.rows]
@@ -231,8 +242,11 @@ def main() -> None:
     with torch.inference_mode():
         world = models.LOADERS[arguments.backbone]()
         for row in rows:
-            measured = measure(world, row, protocol, lambda text: print(text, end="\r", flush=True))
-            plain = next((done for done in result["rows"] if done["group"] == row.group), measured)
+            same = next((done for other, done in zip(rows, result["rows"]) if  # noqa: B905 (those measured so far)
+                         (other.steering, other.prompts, other.lora) == (row.steering, row.prompts, row.lora)), None)
+            measured = {**same, "name": row.name, "group": row.group} if same else measure(
+                world, row, protocol, lambda text: print(text, end="\r", flush=True))
+            plain = next((done for done in result["rows"] if done["group"] == row.group or arguments.grid), measured)
             measured["seconds_ratio"] = measured["seconds"] / plain["seconds"]
             result["rows"].append(measured)
             write_json(arguments.json, result)
@@ -243,11 +257,11 @@ def main() -> None:
 
 
 def trade_off(rows: list[dict]) -> torch.Tensor:
-    """Relation right, exact and both objects present against gradient evaluations per picture, [H, W, 3]."""
-    ordered = sorted(rows, key=lambda row: row["gradient_evaluations"])
-    shown = {"relation right": "relation_correct", "exact": "exact", "both objects": "both_present"}
-    lines = {label: [(row["gradient_evaluations"], row[key]) for row in ordered] for label, key in shown.items()}
-    return curve_chart(lines, "Accuracy against effort", "gradient evaluations per picture", "share of prompts",
+    """Pictures exactly as asked for against gradient evaluations per picture, a line per group of rows; [H, W, 3]."""
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["group"], []).append((row["gradient_evaluations"], row["exact"]))
+    return curve_chart(lines, "Accuracy against effort", "gradient evaluations per picture", "share of prompts exactly right",
                        y_range=(0, 1))
 
 

@@ -38,6 +38,12 @@ FLUX_NOISE = 2.3
 """Mean of the logit of FLUX's times: where objects are decided, since they are few and stand out of much noise."""
 
 
+def mixed_precision() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and far slower than single precision."""
+    able = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=able)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Latents [B, channels, 16, 16] and token rows [B, 77]."""
@@ -118,7 +124,7 @@ class UNetRecipe:
         noise = torch.randn(batch.latents.shape, generator=generator)
         noisy = signal * batch.latents + spread * noise
         velocity = signal * noise - spread * batch.latents
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             context = self.text(batch.rows)
             options = {"optimized_attention_override": plain_attention}
             predicted = self.unet(noisy, steps.float(), context=context, transformer_options=options)
@@ -171,7 +177,7 @@ class FluxRecipe:
         training = comfy.model_management.in_training
         comfy.model_management.in_training = True  # the host's fast rotary embedding has no gradient
         try:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with mixed_precision():
                 predicted = self.flux(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled,
                                       transformer_options={"optimized_attention_override": plain_attention})
         finally:
