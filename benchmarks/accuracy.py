@@ -8,7 +8,7 @@ three to five objects. Suite "held-out": objects that the classifier never saw i
 object that the model never saw, taught by a LoRA. With --grid it compares settings instead, on the prompts for tuning,
 which share no ordered pair of objects with the reported ones, and --plot draws accuracy against gradient evaluations:
 
-    python dev.py bench accuracy --prompts 40 --learned classifiers/weights/toyworld_unet.safetensors --one-by-one --grid
+    python dev.py bench accuracy --prompts 20 --learned classifiers/weights/toyworld_unet.safetensors --one-by-one --grid
         max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48 step_size=1.25,2.5,5 --plot docs/trade_off.png
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ load_pack()
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+from learn_to_steer.classifiers.base import RelationClassifier  # noqa: E402
 from learn_to_steer.classifiers.checkpoint import load_classifier  # noqa: E402
 from learn_to_steer.classifiers.geometric import GeometricClassifier, GeometricSettings  # noqa: E402
 from learn_to_steer.classifiers.learned import LearnedClassifier  # noqa: E402
@@ -58,13 +59,34 @@ def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Ten
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA."""
+class Way:
+    """Steers any graph by a classifier; classifiers are compared by identity."""
 
-    name: str
+    classifier: RelationClassifier
+    settings: SteeringSettings
+    move: Callable[[torch.Tensor, SteeringSettings], torch.Tensor] = displacement
+
+    def __call__(self, graph) -> Steering:
+        return Steering(graph, self.classifier, self.settings, move=self.move)
+
+
+@functools.cache
+def geometric(settings: GeometricSettings) -> GeometricClassifier:
+    """One for equal settings."""
+    return GeometricClassifier(settings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA.
+
+    Rows are equal where the same is measured, whatever they are called.
+    """
+
+    name: str = field(compare=False)
     steering: Callable[[object], Steering] | None
     prompts: list
-    group: str = "one relation"
+    group: str = field(default="one relation", compare=False)
     lora: Path | None = None
 
 
@@ -86,14 +108,9 @@ def ways(backbone: str) -> dict[str, Callable[[object], Steering] | None]:
     """How to steer, by row name; only what is there."""
     settings = SteeringSettings(**STEERING[backbone])
     found = {"unsteered": None,
-             "geometric": functools.partial(_steered_by, GeometricClassifier(), settings),
-             "random direction": lambda graph: Steering(graph, GeometricClassifier(), settings, move=random_move)}
-    return found | {name: functools.partial(_steered_by, classifier, settings)
-                    for name, classifier in classifiers(backbone).items()}
-
-
-def _steered_by(classifier, settings: SteeringSettings, graph) -> Steering:
-    return Steering(graph, classifier, settings)
+             "geometric": Way(geometric(GeometricSettings()), settings),
+             "random direction": Way(geometric(GeometricSettings()), settings, random_move)}
+    return found | {name: Way(classifier, settings) for name, classifier in classifiers(backbone).items()}
 
 
 SUITES = ("main", "several", "held-out", "personalised")
@@ -125,24 +142,17 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
     return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
 
-def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: Path | None = None,
-              one_by_one: bool = False) -> list[Row]:
-    """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name.
-
-    one_by_one: each setting alone instead, a group per setting; rows with the same settings share their `steering`.
-    """
+def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: RelationClassifier | None,
+              group: str) -> list[Row]:
+    """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name."""
     axes = [[(name, value) for value in values.split(",")] for name, _, values in
             (item.partition("=") for item in specifications)]
-    combinations = [(choice,) for axis in axes for choice in axis] if one_by_one else list(itertools.product(*axes))
-    rows, known = [Row("unsteered", None, prompts, "unsteered" if one_by_one else "settings")], {}
-    for combination in combinations:
+    rows = []
+    for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
-        geometric = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
-        settings = dataclasses.replace(usual, **steering)
-        classifier = load_classifier(learned) if learned else GeometricClassifier(GeometricSettings(**geometric))
-        way = known.setdefault((settings, tuple(geometric.items())), functools.partial(_steered_by, classifier, settings))
-        name = " ".join(f"{n.split('.')[-1]}={v}" for n, v in combination)
-        rows.append(Row(name, way, prompts, combination[0][0] if one_by_one else rows[0].group))
+        rule = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
+        way = Way(learned or geometric(GeometricSettings(**rule)), dataclasses.replace(usual, **steering))
+        rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination), way, prompts, group))
     return rows
 
 
@@ -229,8 +239,12 @@ def main() -> None:
         protocol = dataclasses.replace(protocol, cfg=arguments.cfg)
     usual = SteeringSettings(**STEERING[arguments.backbone])
     if arguments.grid:
-        rows = grid_rows(arguments.grid, scenes.two_object_prompts(arguments.prompts, "tune"), usual, arguments.learned,
-                         arguments.one_by_one)
+        prompts = scenes.two_object_prompts(arguments.prompts, "tune")
+        learned = load_classifier(arguments.learned) if arguments.learned else None
+        grids = ([(item.partition("=")[0], [item]) for item in arguments.grid] if arguments.one_by_one
+                 else [("settings", arguments.grid)])
+        rows = [Row("unsteered", None, prompts, "unsteered" if arguments.one_by_one else "settings")]
+        rows += [row for group, grid in grids for row in grid_rows(grid, prompts, usual, learned, group)]
     else:
         rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
                 if not arguments.rows or row.name in arguments.rows]
@@ -242,12 +256,13 @@ def main() -> None:
     with torch.inference_mode():
         world = models.LOADERS[arguments.backbone]()
         for row in rows:
-            same = next((done for other, done in zip(rows, result["rows"]) if  # noqa: B905 (those measured so far)
-                         (other.steering, other.prompts, other.lora) == (row.steering, row.prompts, row.lora)), None)
-            measured = {**same, "name": row.name, "group": row.group} if same else measure(
-                world, row, protocol, lambda text: print(text, end="\r", flush=True))
-            plain = next((done for done in result["rows"] if done["group"] == row.group or arguments.grid), measured)
-            measured["seconds_ratio"] = measured["seconds"] / plain["seconds"]
+            first = rows.index(row)  # an earlier row may have measured the same
+            if first < len(result["rows"]):
+                measured = {**result["rows"][first], "name": row.name, "group": row.group}
+            else:
+                measured = measure(world, row, protocol, lambda text: print(text, end="\r", flush=True))
+            compared = [done for done in result["rows"] if arguments.grid or done["group"] == row.group] or [measured]
+            measured["seconds_ratio"] = measured["seconds"] / compared[0]["seconds"]
             result["rows"].append(measured)
             write_json(arguments.json, result)
             print(f"{row.group}, {row.name}: relation {measured['relation_correct']:.3f}, exact {measured['exact']:.3f}")
@@ -259,7 +274,7 @@ def main() -> None:
 def trade_off(rows: list[dict]) -> torch.Tensor:
     """Pictures exactly as asked for against gradient evaluations per picture, a line per group of rows; [H, W, 3]."""
     lines = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["gradient_evaluations"]):
         lines.setdefault(row["group"], []).append((row["gradient_evaluations"], row["exact"]))
     return curve_chart(lines, "Accuracy against effort", "gradient evaluations per picture", "share of prompts exactly right",
                        y_range=(0, 1))

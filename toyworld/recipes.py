@@ -40,8 +40,13 @@ FLUX_NOISE = 2.3
 
 def mixed_precision() -> torch.autocast:
     """bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and far slower than single precision."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)
+
+
+def fast_dtype() -> torch.dtype:
+    """In which this CPU multiplies matrices fastest."""
     able = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=able)
+    return torch.bfloat16 if able else torch.float32
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class UNetRecipe:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("embedding", "time_embed", "emb_layers", "unet.input_blocks.0.0", "unet.out.")
-        return split_optimizers(self.modules, self.peak_rates, outside)
+        return split_optimizers(self.modules, self.peak_rates, outside, fast_dtype())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
@@ -161,7 +166,7 @@ class FluxRecipe:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("mod", "img_in", "txt_in", "time_in", "vector_in", "final_layer")
-        return split_optimizers(self.flux, self.peak_rates, outside)
+        return split_optimizers(self.flux, self.peak_rates, outside, fast_dtype())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
