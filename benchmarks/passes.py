@@ -18,6 +18,7 @@ from learn_to_steer.steering.relations import build_graph
 from learn_to_steer.steering.sampling import Capture, Steering, apply_capture, apply_steering
 from learn_to_steer.steering.tokens import CONDITIONING_KEY, TokenisedPrompt, encode_prompt
 from learn_to_steer.toyworld.models import LOADERS
+from learn_to_steer.toyworld.recipes import fast_dtype
 
 PROMPT = "a photo of a dog to the right of a teddy bear"
 SD21 = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4, 4],
@@ -52,8 +53,8 @@ def random_unet(settings: dict, config=comfy.supported_models.SD20, dtype: torch
 
 
 def random_flux() -> comfy.model_patcher.ModelPatcher:
-    """The same for the host's FLUX, in bf16 as it is used."""
-    config = comfy.supported_models.Flux({**FLUX, "dtype": torch.bfloat16})
+    """The same for the host's FLUX, in bf16 as it is used where the CPU has that."""
+    config = comfy.supported_models.Flux({**FLUX, "dtype": fast_dtype()})
     config.manual_cast_dtype = None
     base = config.get_model({}, device="cpu")
     fill_alike(base.diffusion_model)
@@ -66,8 +67,8 @@ def conditioning(tokenizer, stream: str, width: int, details: dict) -> list:
     return [[torch.randn(1, len(prompt.streams[stream]), width), {CONDITIONING_KEY: prompt, **details}]]
 
 
-def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[[], float], int]:
-    """A function that makes one pass and returns its seconds, and the bytes of the model's weights."""
+def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[..., float], int, str]:
+    """A function that makes one pass and returns its seconds (see `one_pass`), the bytes of the model's weights, their dtype."""
     if size == "small world":
         model, clip, _ = LOADERS[backbone]()
         shape, positive = (1, None, 16, 16), encode_prompt(clip, PROMPT)
@@ -80,14 +81,17 @@ def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[[], float], i
         model, shape = random_flux(), (1, 16, side, side)
         positive = conditioning(FluxTokenizer(), "t5xxl", 4096, {"pooled_output": torch.randn(1, 768), "guidance": 3.5})
     weights = sum(value.numel() * value.element_size() for value in model.model.state_dict().values())
-    return one_pass(model, shape, positive, kind), weights
+    dtype = str(model.model_dtype()).removeprefix("torch.")
+    return one_pass(model, shape, positive, kind), weights, dtype
 
 
-def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[[], float]:
-    """Returns the seconds of one evaluation with the positive conditioning alone; or of the gradient evaluation before it."""
+def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[..., float]:
+    """Returns the seconds of one evaluation with the positive conditioning alone; or of the gradient evaluation before it.
+
+    With `warm_up=True` on a latent of 16x16 only.
+    """
     shape = tuple(model.get_model_object("latent_format").latent_channels if n is None else n for n in shape)
     graph = build_graph(PROMPT)
-    latent = torch.zeros(shape)
     noise = torch.randn(shape)
     runs, seconds = None, [0.0]
     if kind == "capture":
@@ -108,8 +112,10 @@ def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[[], flo
     sampler = comfy.samplers.KSAMPLER(evaluation)
     sigmas = torch.stack([model.get_model_object("model_sampling").sigma_max * 0.7, torch.tensor(0.0)])
 
-    def run() -> float:
-        comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, positive, positive, latent, disable_pbar=True, seed=0)
+    def run(warm_up: bool = False) -> float:
+        start = noise[:, :, :16, :16] if warm_up else noise
+        comfy.sample.sample_custom(model, start, 1.0, sampler, sigmas, positive, positive, torch.zeros_like(start),
+                                   disable_pbar=True, seed=0)
         return seconds[0] if runs is None else runs.last.report.seconds
 
     return run

@@ -43,7 +43,7 @@ def leakage_table(content: dict) -> str:
 
 def cost_table(content: dict) -> str:
     head = "| size | pass | time | peak memory |\n|---|---|---|---|\n"
-    lines = [f"| {row['size']} | {row['name']} | {row['seconds_ratio']:.2f} × | {row['peak_ratio']:.2f} × |"
+    lines = [f"| {row['size']}, {row['dtype']} | {row['name']} | {row['seconds_ratio']:.2f} × | {row['peak_ratio']:.2f} × |"
              for row in content["rows"]]
     return head + "\n".join(lines) + f"\n\nMeasured on: {content['machine']}."
 
