@@ -5,8 +5,11 @@
 Suite "main", one relation: unsteered; geometric (default settings); random (moves of the same length in random
 directions: shows that it is the gradient); learned; learned without wrong captions (shows the leakage). Suite "several":
 three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
-object that the model never saw, taught by a LoRA. With --grid it compares settings instead, on the prompts for tuning,
-which share no ordered pair of objects with the reported ones, and --plot draws accuracy against gradient evaluations:
+object that the model never saw, taught by a LoRA. Where the JSON file has rows already that were measured with the same
+weights and settings, it goes on from there: after an interruption, with more prompts, or with other rows.
+
+With --grid it compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the
+reported ones, and --plot draws accuracy against gradient evaluations:
 
     python dev.py bench accuracy --prompts 20 --learned classifiers/weights/toyworld_unet.safetensors --one-by-one --grid
         max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48 step_size=1.25,2.5,5 --plot docs/trade_off.png
@@ -16,11 +19,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +65,7 @@ def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Ten
 
 @dataclass(frozen=True)
 class Way:
-    """Steers any graph by a classifier; classifiers are compared by identity."""
+    """Steers any graph by a classifier."""
 
     classifier: RelationClassifier
     settings: SteeringSettings
@@ -70,23 +75,14 @@ class Way:
         return Steering(graph, self.classifier, self.settings, move=self.move)
 
 
-@functools.cache
-def geometric(settings: GeometricSettings) -> GeometricClassifier:
-    """One for equal settings."""
-    return GeometricClassifier(settings)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA.
+    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA."""
 
-    Rows are equal where the same is measured, whatever they are called.
-    """
-
-    name: str = field(compare=False)
-    steering: Callable[[object], Steering] | None
+    name: str
+    steering: Way | None
     prompts: list
-    group: str = field(default="one relation", compare=False)
+    group: str = "one relation"
     lora: Path | None = None
 
 
@@ -104,12 +100,12 @@ def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
     return {name: load_classifier(path) for name, path in classifier_files(backbone).items() if path.is_file()}
 
 
-def ways(backbone: str) -> dict[str, Callable[[object], Steering] | None]:
+def ways(backbone: str) -> dict[str, Way | None]:
     """How to steer, by row name; only what is there."""
     settings = SteeringSettings(**STEERING[backbone])
     found = {"unsteered": None,
-             "geometric": Way(geometric(GeometricSettings()), settings),
-             "random direction": Way(geometric(GeometricSettings()), settings, random_move)}
+             "geometric": Way(GeometricClassifier(), settings),
+             "random direction": Way(GeometricClassifier(), settings, random_move)}
     return found | {name: Way(classifier, settings) for name, classifier in classifiers(backbone).items()}
 
 
@@ -151,7 +147,7 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
     for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
         rule = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
-        way = Way(learned or geometric(GeometricSettings(**rule)), dataclasses.replace(usual, **steering))
+        way = Way(learned or GeometricClassifier(GeometricSettings(**rule)), dataclasses.replace(usual, **steering))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination), way, prompts, group))
     return rows
 
@@ -190,28 +186,49 @@ def sample_picture(world: tuple, prompt: str, seed: int, protocol: Sampling, ste
     return Sampled(vae.decode(samples)[0], gradients, seconds)
 
 
-def measure(world: tuple, row: Row, protocol: Sampling, say: Callable[[str], None]) -> dict:
-    """One row of the table. Picture k has seed k."""
-    (model, clip, vae), prompts = world, row.prompts
+AVERAGES = ("both_present", "clean", "relation_correct", "exact", "gradient_evaluations", "seconds")
+EVERY = 10
+"""Pictures between two savings."""
+
+
+def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = None) -> Iterator[dict]:
+    """One row of the table, every few pictures anew, the last time for all its prompts. Picture k has seed k.
+
+    before: what this function gave for the first prompts of the row in an earlier run.
+    """
+    (model, clip, vae), first = world, before["prompts"] if before else 0
     if row.lora is not None:
         model, clip = comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(row.lora)), 1.0, 0.0)
-    sampled, verdicts = [], []
-    for seed, prompt in enumerate(prompts):
+    sums = np.array([before[name] for name in AVERAGES]) * first if before else np.zeros(len(AVERAGES))
+    for seed, prompt in enumerate(row.prompts[first:], first):
         graph = build_graph(prompt.text)
         wanted = [(r.subject, " and ".join(r.predicates), r.object) for r in graph.relations]
         assert sorted(wanted) == sorted(prompt.relations), (wanted, prompt.relations)
         steering = None if row.steering is None else row.steering(graph)
-        sampled.append(sample_picture((model, clip, vae), prompt.text, seed, protocol, steering))
-        verdicts.append(judge_relations(detect(sampled[-1].image[None])[0], wanted))
-        if (seed + 1) % 20 == 0:
-            say(f"{row.name}: {seed + 1}/{len(prompts)}")
-    return {"name": row.name, "group": row.group, "prompts": len(prompts),
-            "both_present": float(np.mean([v.all_present for v in verdicts])),
-            "clean": float(np.mean([v.clean for v in verdicts])),
-            "relation_correct": float(np.mean([np.mean(v.relations) for v in verdicts])),
-            "exact": float(np.mean([v.exact for v in verdicts])),
-            "gradient_evaluations": float(np.mean([one.gradients for one in sampled])),
-            "seconds": float(np.mean([one.seconds for one in sampled])), "seconds_ratio": None}
+        sampled = sample_picture((model, clip, vae), prompt.text, seed, protocol, steering)
+        verdict = judge_relations(detect(sampled.image[None])[0], wanted)
+        sums += [verdict.all_present, verdict.clean, np.mean(verdict.relations), verdict.exact, sampled.gradients,
+                 sampled.seconds]
+        if (seed + 1) % EVERY == 0 or seed + 1 == len(row.prompts):
+            yield {"name": row.name, "group": row.group, "prompts": seed + 1,
+                   **dict(zip(AVERAGES, (sums / (seed + 1)).tolist(), strict=True)), "seconds_ratio": None}
+
+
+def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
+    """Of everything that a row's figures depend on besides the code and the number of prompts."""
+    found = hashlib.sha256((models.WEIGHTS / f"{backbone}.safetensors").read_bytes())
+    found.update(repr((protocol, row.prompts[0])).encode())
+    if row.lora is not None:
+        found.update(row.lora.read_bytes())
+    if row.steering is not None:
+        classifier = row.steering.classifier
+        found.update(repr((row.steering.settings, row.steering.move.__name__, classifier.name)).encode())
+        if isinstance(classifier, GeometricClassifier):
+            found.update(repr(classifier.settings).encode())
+        else:
+            for name, weight in sorted(classifier.network.state_dict().items()):
+                found.update(name.encode() + weight.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def leakage(backbone: str) -> dict:
@@ -248,27 +265,61 @@ def main() -> None:
     else:
         rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
                 if not arguments.rows or row.name in arguments.rows]
-    result = {"machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
-              "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(usual), "rows": []}
-    if not arguments.grid:
+    result = begin(arguments.json, {
+        "machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
+        "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(usual), "rows": []})
+    if not arguments.grid and "main" in arguments.suites:
         result["classifiers"] = leakage(arguments.backbone)
     print(result["machine"])
     with torch.inference_mode():
         world = models.LOADERS[arguments.backbone]()
         for row in rows:
-            first = rows.index(row)  # an earlier row may have measured the same
-            if first < len(result["rows"]):
-                measured = {**result["rows"][first], "name": row.name, "group": row.group}
-            else:
-                measured = measure(world, row, protocol, lambda text: print(text, end="\r", flush=True))
-            compared = [done for done in result["rows"] if arguments.grid or done["group"] == row.group] or [measured]
-            measured["seconds_ratio"] = measured["seconds"] / compared[0]["seconds"]
-            result["rows"].append(measured)
-            write_json(arguments.json, result)
-            print(f"{row.group}, {row.name}: relation {measured['relation_correct']:.3f}, exact {measured['exact']:.3f}")
-    print_table(result["rows"])
+            mark = fingerprint(row, arguments.backbone, protocol)
+            for measured in measure_once(world, row, protocol, mark, result["rows"]):
+                place({**measured, "fingerprint": mark}, result["rows"], alone=not arguments.grid)
+                write_json(arguments.json, result)
+                print(f"{row.group}, {row.name}: {measured['prompts']} of {len(row.prompts)}, relation "
+                      f"{measured['relation_correct']:.3f}, exact {measured['exact']:.3f}", end="\r", flush=True)
+            print()
+    print_table([{name: value for name, value in row.items() if name != "fingerprint"} for row in result["rows"]])
     if arguments.plot:
         save_png(trade_off(result["rows"]), arguments.plot)
+
+
+def begin(path: Path | None, new: dict) -> dict:
+    """What an earlier run wrote to `path`, to go on with; or `new`. SystemExit where that was another protocol."""
+    if path is None or not path.is_file():
+        return new
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backbone", "split", "protocol"):
+        if found[name] != new[name]:
+            raise SystemExit(f"{path} was measured with {name} {found[name]}, this would be {new[name]}: name another file")
+    if new["machine"] not in found["machine"]:
+        found["machine"] += f"; further prompts or rows on {new['machine']}"
+    return {**found, "settings": new["settings"]}
+
+
+def measure_once(world: tuple, row: Row, protocol: Sampling, mark: str, known: list[dict]) -> Iterator[dict]:
+    """As `measure`, but takes what `known` rows with the same fingerprint say, as far as they go."""
+    alike = [done for done in known if done.get("fingerprint") == mark and done["prompts"] <= len(row.prompts)]
+    before = max(alike, key=lambda done: done["prompts"], default=None)
+    if before is not None and before["prompts"] == len(row.prompts):
+        yield {**before, "name": row.name, "group": row.group}
+    else:
+        yield from measure(world, row, protocol, before)
+
+
+def place(measured: dict, rows: list[dict], alone: bool) -> None:
+    """Puts a row where one of its name and group is, or at the end; its time is relative to the first row (of its group,
+    where groups stand `alone`)."""
+    where = [(row["group"], row["name"]) for row in rows]
+    key = (measured["group"], measured["name"])
+    if key in where:
+        rows[where.index(key)] = measured
+    else:
+        rows.append(measured)
+    first = next(row for row in rows if not alone or row["group"] == measured["group"])
+    measured["seconds_ratio"] = measured["seconds"] / first["seconds"]
 
 
 def trade_off(rows: list[dict]) -> torch.Tensor:

@@ -25,7 +25,9 @@ def accuracy_table(content: dict) -> str:
                   + f" | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
                   for row in content["rows"] if row["group"] == group]
     protocol = content["protocol"]
-    said = (f"\n\n{content['rows'][0]['prompts']} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
+    counts = sorted({row["prompts"] for row in content["rows"]})
+    said = (f"\n\n{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} prompts{' a group' if len(groups) > 1 else ''}, "
+            f"{protocol['steps']} steps "
             f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, one picture a prompt. "
             f"Measured on: {content['machine']}.")
     return head + "\n".join(lines) + said
@@ -54,7 +56,7 @@ def blocks(path: Path) -> dict[str, str]:
     if kind == "cost":
         return {path.stem: cost_table(content)}
     tables = {path.stem: accuracy_table(content)}
-    if kind == "accuracy" and content["classifiers"]:
+    if kind == "accuracy" and content.get("classifiers"):
         tables[f"leakage_{backbone}"] = leakage_table(content)
     return tables
 
