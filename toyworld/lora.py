@@ -32,27 +32,33 @@ RATE = 2e-3
 
 
 class LowRank(nn.Module):
-    """Up and down matrices for every linear layer inside the transformers of `unet`; up begins at zero."""
+    """Up and down matrices for the linear layers of `unet`'s transformers and the convolutions of its residual blocks.
+
+    Up begins at zero. Layers in the transformers alone place an object but hardly learn what it looks like.
+    """
 
     def __init__(self, unet: nn.Module, rank: int) -> None:
         super().__init__()
         self.base = {f"{name}.weight": layer.weight for name, layer in unet.named_modules()
-                     if isinstance(layer, nn.Linear) and "transformer_blocks" in name}
-        self.up = nn.ParameterList(torch.zeros(weight.shape[0], rank) for weight in self.base.values())
-        self.down = nn.ParameterList(torch.randn(rank, weight.shape[1]) * rank ** -0.5 for weight in self.base.values())
+                     if isinstance(layer, nn.Linear) and "transformer_blocks" in name
+                     or isinstance(layer, nn.Conv2d) and name.endswith(("in_layers.2", "out_layers.3"))}
+        self.up = nn.ParameterList(torch.zeros(len(weight), rank) for weight in self.base.values())
+        self.down = nn.ParameterList(torch.randn(rank, weight[0].numel()) * (rank * weight[0, 0].numel()) ** -0.5
+                                     for weight in self.base.values())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """By the UNet's parameter names: base weight plus up @ down."""
-        return {name: weight + up @ down for (name, weight), up, down in
+        return {name: weight + (up @ down).view_as(weight) for (name, weight), up, down in
                 zip(self.base.items(), self.up, self.down, strict=True)}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """In the host's file form, half precision; without alpha keys the host's strength 1 means what was trained."""
         found = {}
-        for name, up, down in zip(self.base, self.up, self.down, strict=True):
+        for (name, weight), up, down in zip(self.base.items(), self.up, self.down, strict=True):
             layer = f"diffusion_model.{name.removesuffix('.weight')}"
-            found[f"{layer}.lora_up.weight"] = up.detach().half().contiguous()
-            found[f"{layer}.lora_down.weight"] = down.detach().half().contiguous()
+            up, down = up.detach().half(), down.detach().half()
+            found[f"{layer}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:])).contiguous()
+            found[f"{layer}.lora_down.weight"] = down.reshape(len(down), *weight.shape[1:]).contiguous()
         return found
 
 
