@@ -211,7 +211,7 @@ def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = No
                  sampled.seconds]
         if (seed + 1) % EVERY == 0 or seed + 1 == len(row.prompts):
             yield {"name": row.name, "group": row.group, "prompts": seed + 1,
-                   **dict(zip(AVERAGES, (sums / (seed + 1)).tolist(), strict=True)), "seconds_ratio": None}
+                   **dict(zip(AVERAGES, (sums / (seed + 1)).tolist(), strict=True))}
 
 
 def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
@@ -310,16 +310,17 @@ def measure_once(world: tuple, row: Row, protocol: Sampling, mark: str, known: l
 
 
 def place(measured: dict, rows: list[dict], alone: bool) -> None:
-    """Puts a row where one of its name and group is, or at the end; its time is relative to the first row (of its group,
-    where groups stand `alone`)."""
-    where = [(row["group"], row["name"]) for row in rows]
+    """Puts a row where one of its name and group is, or at the end.
+
+    Every row's time is then relative to the first one's, of its group where groups stand `alone`.
+    """
     key = (measured["group"], measured["name"])
-    if key in where:
-        rows[where.index(key)] = measured
-    else:
-        rows.append(measured)
-    first = next(row for row in rows if not alone or row["group"] == measured["group"])
-    measured["seconds_ratio"] = measured["seconds"] / first["seconds"]
+    at = next((index for index, row in enumerate(rows) if (row["group"], row["name"]) == key), len(rows))
+    rows[at:at + 1] = [measured]
+    first: dict[str | None, dict] = {}
+    for row in rows:
+        plain = first.setdefault(row["group"] if alone else None, row)
+        row["seconds_ratio"] = row["seconds"] / plain["seconds"]
 
 
 def trade_off(rows: list[dict]) -> torch.Tensor:

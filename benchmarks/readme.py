@@ -25,9 +25,9 @@ def accuracy_table(content: dict) -> str:
                   + f" | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
                   for row in content["rows"] if row["group"] == group]
     protocol = content["protocol"]
-    counts = sorted({row["prompts"] for row in content["rows"]})
-    said = (f"\n\n{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} prompts{' a group' if len(groups) > 1 else ''}, "
-            f"{protocol['steps']} steps "
+    counts = [row["prompts"] for row in content["rows"]]
+    few_to_many = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    said = (f"\n\n{few_to_many} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
             f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, one picture a prompt. "
             f"Measured on: {content['machine']}.")
     return head + "\n".join(lines) + said

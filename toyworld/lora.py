@@ -56,9 +56,8 @@ class LowRank(nn.Module):
         found = {}
         for (name, weight), up, down in zip(self.base.items(), self.up, self.down, strict=True):
             layer = f"diffusion_model.{name.removesuffix('.weight')}"
-            up, down = up.detach().half(), down.detach().half()
-            found[f"{layer}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:])).contiguous()
-            found[f"{layer}.lora_down.weight"] = down.reshape(len(down), *weight.shape[1:]).contiguous()
+            found[f"{layer}.lora_up.weight"] = up.detach().half().view(*up.shape, *(1,) * (weight.ndim - 2))
+            found[f"{layer}.lora_down.weight"] = down.detach().half().view(-1, *weight.shape[1:])
         return found
 
 

@@ -47,7 +47,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def split_optimizers(module: nn.Module, rates: tuple[float, float], outside: tuple[str, ...],
-                     dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
+                     dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon for every matrix and convolution whose name holds none of `outside`, AdamW for what is left; their rates.
 
     `dtype`: of Muon's products.

@@ -45,7 +45,7 @@ def test_only_rows_measured_in_the_same_way_go_on():
     assert accuracy.fingerprint(accuracy.suite("main", "unet", 9)[1], "unet", QUICK) == marks[1]  # more prompts go on
 
 
-def test_rows_take_their_place(tmp_path):
+def test_rows_take_their_place():
     row = {"name": "unsteered", "group": "one", "prompts": 4, "seconds": 2.0}
     rows: list[dict] = []
     for measured in (row, {**row, "name": "learned", "seconds": 3.0}, {**row, "group": "two", "seconds": 8.0},
@@ -53,6 +53,8 @@ def test_rows_take_their_place(tmp_path):
         accuracy.place(dict(measured), rows, alone=True)
     assert [(r["group"], r["name"], r["prompts"], r["seconds_ratio"]) for r in rows] == [
         ("one", "unsteered", 4, 1.0), ("one", "learned", 8, 2.5), ("two", "unsteered", 4, 1.0)]
+    accuracy.place({**row, "prompts": 8, "seconds": 2.5}, rows, alone=True)  # its group's times follow
+    assert [r["seconds_ratio"] for r in rows] == [1.0, 2.0, 1.0]
 
 
 def test_another_protocol_is_refused_and_another_machine_named(tmp_path):
