@@ -2,7 +2,8 @@
 
 A safetensors file carries everything in one metadata entry, `relation_classifier`, as JSON (one entry, because
 safetensors writes several in random order, and equal classifiers shall give equal files): `format_version`, `config`,
-`input_channels`, `relations`, `layout`, `steps`, `training`, `licence`. Reading either kind of file never runs code
+`input_channels`, `relations`, `layout`, `steps`, `training`, `licence`; a geometric classifier that was calibrated to a
+model has `kind` and `settings` instead of a network's entries. Reading either kind of file never runs code
 from it, and every fault is a ClassifierError that names the file.
 """
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import ClassifierError, MapLayout
+from .geometric import GeometricClassifier, GeometricSettings
 from .learned import LearnedClassifier
 from .network import NetworkConfig, RelationNetwork
 from .published import read_published
@@ -26,6 +28,7 @@ from .steps import StepMapping
 
 METADATA_KEY = "relation_classifier"
 FORMAT_VERSION = 1
+GEOMETRIC, WEIGHTS = "geometric", "channel_weights"
 SUFFIXES = (".safetensors", ".pth", ".pt")
 # Tables that published files may hold with other singleton dimensions than ours.
 _RESHAPED = ("positional_encoding.pe", "query_vector")
@@ -48,7 +51,7 @@ class ClassifierFile:
 
 
 def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
-                    relations: Sequence[str] | None = None) -> LearnedClassifier:
+                    relations: Sequence[str] | None = None) -> LearnedClassifier | GeometricClassifier:
     """Reads a classifier on the CPU; its name is the file's.
 
     backbone, relations: override what the file says (or what is guessed for a published file).
@@ -60,6 +63,8 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
         with torch.inference_mode(False):
             if path.suffix.lower() == ".safetensors":
                 content = _read_safetensors(path)
+                if isinstance(content, GeometricClassifier):
+                    return content
             else:
                 content = ClassifierFile(**read_published(path, backbone, relations))
             layout = content.layout if backbone is None else _with_backbone(content.layout, backbone)
@@ -69,25 +74,34 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
         raise ClassifierError(f"{path.name}: {error}") from error
 
 
-def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier) -> None:
+def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier) -> None:
     """Writes our own format; equal classifiers give equal bytes. A file already there is replaced whole or not at all.
 
-    `classifier.training` must hold JSON's types.
+    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights.
     """
-    path, network = Path(path), classifier.network
-    steps = {"timesteps": list(classifier.steps.timesteps), "num_timesteps": classifier.steps.num_timesteps}
-    description = {
-        "format_version": FORMAT_VERSION, "config": network.config.to_dict(), "input_channels": network.input_channels,
-        "relations": classifier.relations, "layout": vars(classifier.layout), "steps": steps,
-        "training": classifier.training, "licence": classifier.licence,
-    }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    path = Path(path)
+    description, weights = _described(classifier)
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(weights, partial, {METADATA_KEY: json.dumps(description)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dict, dict[str, Tensor]]:
+    """Metadata and tensors of a file."""
+    common = {"format_version": FORMAT_VERSION, "layout": vars(classifier.layout), "training": classifier.training,
+              "licence": classifier.licence}
+    if isinstance(classifier, GeometricClassifier):
+        if classifier.channel_weights is None:
+            raise ClassifierError(f"Classifier {classifier.name!r}: the built-in rule has no weights to save.")
+        return {**common, "kind": GEOMETRIC, "settings": asdict(classifier.settings)}, {WEIGHTS: classifier.channel_weights}
+    network = classifier.network
+    steps = {"timesteps": list(classifier.steps.timesteps), "num_timesteps": classifier.steps.num_timesteps}
+    return ({**common, "config": network.config.to_dict(), "input_channels": network.input_channels,
+             "relations": classifier.relations, "steps": steps},
+            {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
 
 
 def _check_file(path: Path) -> None:
@@ -99,11 +113,12 @@ def _check_file(path: Path) -> None:
         raise ClassifierError(f"{path.name} is empty (0 bytes). Copy or download it again.")
 
 
-def _read_safetensors(path: Path) -> ClassifierFile:
+def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
+    name = path.stem
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError, ValueError) as error:
         raise ClassifierError(f"the file is cut off or not a safetensors file ({error}). Copy or download it "
                               "again.") from error
@@ -117,6 +132,8 @@ def _read_safetensors(path: Path) -> ClassifierFile:
             raise ClassifierError(f"format version {description['format_version']!r} is unknown here (known: "
                                   f"{FORMAT_VERSION}). Update the node pack.")
         known = {field.name for field in fields(MapLayout)}
+        if description.get("kind") == GEOMETRIC:
+            return _geometric(description, weights, name)
         return ClassifierFile(
             config=NetworkConfig.from_dict(description["config"]), input_channels=int(description["input_channels"]),
             relations=tuple(map(str, description["relations"])),
@@ -128,6 +145,20 @@ def _read_safetensors(path: Path) -> ClassifierFile:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ClassifierError(f"its metadata is damaged ({type(error).__name__}: {error}). Get the file "
                               "again.") from error
+
+
+def _geometric(description: Mapping, weights: Mapping[str, Tensor], name: str) -> GeometricClassifier:
+    if set(weights) != {WEIGHTS}:
+        raise ClassifierError(f"a geometric classifier holds the tensor {WEIGHTS!r} alone, this file holds "
+                              f"{_some(sorted(weights)) or 'nothing'}. Get the file again.")
+    layout = description["layout"]
+    classifier = GeometricClassifier(
+        GeometricSettings(**description["settings"]), int(layout["size"]), weights[WEIGHTS], name=name,
+        backbone=layout["backbone"], training=dict(description["training"]), licence=str(description["licence"]))
+    if classifier.layout.channels != layout["channels"]:
+        raise ClassifierError(f"its metadata says {layout['channels']} channels, it has weights for "
+                              f"{classifier.layout.channels}. The file is damaged; get it again.")
+    return classifier
 
 
 def _with_backbone(layout: MapLayout, backbone: str) -> MapLayout:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .base import BACKBONES, ClassifierError
 from .checkpoint import load_classifier, save_classifier
+from .geometric import GeometricClassifier
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ClassifierError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     layout = classifier.layout
+    steps = "" if isinstance(classifier, GeometricClassifier) else (
+        f", steps {', '.join(map(str, classifier.steps.timesteps))} of {classifier.steps.num_timesteps}")
     print(f"{given.target}: {', '.join(classifier.relations)}; backbone {layout.backbone or 'any'}, "
-          f"{layout.channels or 'any number of'} maps of {layout.size} x {layout.size}, steps "
-          f"{', '.join(map(str, classifier.steps.timesteps))} of {classifier.steps.num_timesteps}")
+          f"{layout.channels or 'any number of'} maps of {layout.size} x {layout.size}{steps}")
     return 0
 
 

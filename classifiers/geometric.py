@@ -1,19 +1,34 @@
-"""The classifier without weights: soft centres and extents of the two averaged maps -> logits over directions.
+"""The classifier that nobody trains: soft centres and extents of the two averaged maps -> logits over directions.
 
 A relation's logit is minus its *violation* over a temperature. The violation of "above" is a hinge on how far the
 subject's centre lies above the object's (GenEval's rule: distance beyond a fraction of the two extents), plus a
 weighted hinge on the sideways offset; a diagonal has a hinge on both axes. So the cross-entropy to "above" pulls the
 subject up and into line, and its probability is high only where "above" holds with a margin and nothing else does.
 All lengths are fractions of the picture's side; y grows downward.
+
+Not every layer and head knows where its word's object is. Weights of the channels, measured on a few labelled pictures
+(training/calibration.py), make it a rule for one model; without them all channels count alike.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import ABOVE, BELOW, LEFT, RIGHT, ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
+from .base import (
+    ABOVE,
+    BELOW,
+    LEFT,
+    RIGHT,
+    ClassifierError,
+    MapLayout,
+    RelationClassifier,
+    check_maps,
+    checked_weights,
+    working_dtype,
+)
 
 # (x, y) direction in which the subject lies from the object
 DIRECTIONS = {
@@ -32,6 +47,9 @@ _SIDE_PER_DEVIATION = 12 ** 0.5
 COMPACT_RADIUS = 0.15
 # Uniform weight under every map: a flat map becomes the uniform distribution instead of 0 / 0.
 _FLOOR = 1e-6
+# Deviation, as a share of a channel's mean, below which it fades out as flat: rounding must not be blown up to a map.
+_FLAT = 1e-3
+_TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -79,33 +97,57 @@ class SoftObject:
 
 
 class GeometricClassifier(RelationClassifier):
-    """Differentiable and without weights; the same for every backbone. Any number of channels of `size` x `size`."""
+    """Differentiable. Without `channel_weights` the same for every backbone, for any number of channels of `size` x `size`.
 
-    def __init__(self, settings: GeometricSettings | None = None, size: int = 16) -> None:
-        self.name = "geometric"
+    channel_weights: [C], 0 or more, not all 0, for one model's channels in their order; `backbone`: that model's.
+    training, licence: as of a LearnedClassifier. Raises ClassifierError for other weights.
+    """
+
+    def __init__(self, settings: GeometricSettings | None = None, size: int = 16, channel_weights: Tensor | None = None, *,
+                 name: str = "geometric", backbone: str | None = None, training: Mapping | None = None,
+                 licence: str = "") -> None:
+        self.name = name
         self.relations = tuple(DIRECTIONS)
         self.settings = settings or GeometricSettings()
-        self.layout = MapLayout(size=size, normalise="always")
+        self.training, self.licence = dict(training or {}), licence
+        self.channel_weights = None if channel_weights is None else checked_weights(channel_weights, name)
+        channels = None if channel_weights is None else len(channel_weights)
+        self.layout = MapLayout(size=size, normalise="always", channels=channels, backbone=backbone)
 
     def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
         """[B, C, size, size] twice -> [B, 8]; `progress` plays no part. See RelationClassifier.logits."""
         check_maps(self, subject, object)
         settings = self.settings
-        first, second = (locate(maps, settings.sharpness) for maps in (subject, object))
+        first, second = (locate(maps, settings.sharpness, self.channel_weights) for maps in (subject, object))
         violations = [_violation(first, second, direction, settings) for direction in DIRECTIONS.values()]
         return -torch.stack(violations, dim=1) / settings.temperature
 
     def to(self, device: torch.device | str) -> GeometricClassifier:
-        """Itself: there is nothing to move."""
+        """Itself: what little there is to move is moved where it is used."""
         return self
 
 
-def locate(maps: Tensor, sharpness: float) -> SoftObject:
+def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:
+    """[B, C, H, W] -> [B, H, W]: the mean over channels; with weights [C] that of the standardised channels, where positive.
+
+    Standardised, each has mean 0 and deviation 1 over its cells: a channel whose word takes much of the attention
+    everywhere does not drown one that says where. A flat channel says nothing.
+    """
+    maps = maps.to(working_dtype(maps))
+    if weights is None:
+        return maps.mean(dim=1)
+    level = maps.mean(dim=(2, 3), keepdim=True)
+    variance = (maps - level).square().mean(dim=(2, 3), keepdim=True)
+    standard = (maps - level) * (variance + (_FLAT * level).square() + _TINY).rsqrt()
+    return torch.einsum("bchw,c->bhw", standard, (weights / weights.sum()).to(maps)).relu()
+
+
+def locate(maps: Tensor, sharpness: float, weights: Tensor | None = None) -> SoftObject:
     """Averages maps [B, C, H, W] over channels and turns the result into a distribution with its moments.
 
-    A map without any structure counts as spread evenly over the picture; its gradient is zero, not NaN.
+    weights: see `averaged`. A map without any structure counts as spread evenly over the picture; its gradient is zero, not NaN.
     """
-    mean = maps.to(working_dtype(maps)).mean(dim=1)
+    mean = averaged(maps, weights)
     low, high = mean.amin(dim=(1, 2), keepdim=True), mean.amax(dim=(1, 2), keepdim=True)
     span = high - low
     # Scaled to [0, 1] first, so that the power does not underflow on maps whose cells are about 1/256.
@@ -132,13 +174,14 @@ def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
     return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
 
 
-def spread(subject: Tensor, object: Tensor) -> Tensor:
+def spread(subject: Tensor, object: Tensor, weights: Tensor | None = None) -> Tensor:
     """How far the two objects' attention spreads beyond COMPACT_RADIUS, [B], as a fraction of the picture's side.
 
-    subject, object: [B, channels, H, W]. Large where an object is about to be drawn twice, which a relation's loss does
-    not see: its centre may be right all the same.
+    subject, object: [B, channels, H, W]; weights: see `averaged`. Large where an object is about to be drawn twice, which
+    a relation's loss does not see: its centre may be right all the same.
     """
-    radii = (locate(maps, GeometricSettings.sharpness).deviation.square().sum(dim=1).sqrt() for maps in (subject, object))
+    radii = (locate(maps, GeometricSettings.sharpness, weights).deviation.square().sum(dim=1).sqrt()
+             for maps in (subject, object))
     return sum(torch.relu(radius - COMPACT_RADIUS) for radius in radii)
 
 

@@ -44,13 +44,14 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
     check_layout(classifier, maps.channels, backbone)
     stack = maps.stack(classifier.layout.size, classifier.layout.normalise)  # [B, words, channels, size, size]
     when = torch.full((stack.shape[0],), progress, device=stack.device, dtype=stack.dtype)
+    weights = getattr(classifier, "channel_weights", None)
     losses, probabilities, spreads = [], [], []
     for relation in relations:
         subject = stack[:, maps.phrases.index(relation.subject)]
         object = stack[:, maps.phrases.index(relation.object)]
         targets = relation_indices(classifier, relation.predicates)
         log_p = F.log_softmax(classifier.logits(subject, object, when), dim=-1)[:, targets]
-        scattered = compactness * spread(subject, object) if compactness else torch.zeros_like(log_p[:, 0])
+        scattered = compactness * spread(subject, object, weights) if compactness else torch.zeros_like(log_p[:, 0])
         losses.append(-log_p.mean(-1) + scattered)
         spreads.append(scattered.detach())
         probabilities.append((log_p.mean(-1).exp() * len(targets)).clamp(max=1).detach())

@@ -19,14 +19,14 @@ from .config import SAMPLING  # noqa: E402  (the host must be on the path first)
 from .detector import detect, judge  # noqa: E402
 from .models import LOADERS  # noqa: E402
 from .sampling import sample_pictures  # noqa: E402
-from .scenes import relation_parts, two_object_prompts  # noqa: E402
+from .scenes import LAYOUTS, Layout, relation_parts, two_object_prompts  # noqa: E402
 
 BATCH = 25
 
 
-def measure(world: tuple, count: int, split: str, cfg: float, **options) -> tuple[dict, torch.Tensor]:
+def measure(world: tuple, layout: Layout, count: int, split: str, cfg: float, **options) -> tuple[dict, torch.Tensor]:
     """Shares (0 to 1) over `count` two-object prompts, picture k with seed k; and the pictures [B, 64, 64, 3]."""
-    prompts = two_object_prompts(count, split)
+    prompts = two_object_prompts(count, split, layout.nouns)
     pictures = []
     started = time.monotonic()
     for first in range(0, count, BATCH):
@@ -78,8 +78,8 @@ def main() -> None:
     usual = SAMPLING[arguments.model]
     rows = []
     for cfg in arguments.cfg or [usual.cfg]:
-        row, images = measure(world, arguments.prompts, arguments.split, cfg, steps=arguments.steps or usual.steps,
-                              sampler=arguments.sampler or usual.sampler,
+        row, images = measure(world, LAYOUTS[arguments.model], arguments.prompts, arguments.split, cfg,
+                              steps=arguments.steps or usual.steps, sampler=arguments.sampler or usual.sampler,
                               scheduler=arguments.scheduler or usual.scheduler)
         rows.append(row)
         print(json.dumps(row))

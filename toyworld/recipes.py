@@ -26,7 +26,7 @@ from .config import (
 )
 from .latent import PatchTransform
 from .optimizers import split_optimizers
-from .scenes import FLUX_LAYOUT, NOUNS, UNET_LAYOUT, Layout, random_scene
+from .scenes import FLUX_LAYOUT, UNET_LAYOUT, Layout, random_scene
 from .text import TextTransformer, WordTokenizer
 
 EMPTY_CAPTIONS = 0.1
@@ -58,7 +58,7 @@ class Batch:
 
 
 def draw_batch(rng: np.random.Generator, size: int, layout: Layout, transform: PatchTransform,
-               tokenizer: WordTokenizer, nouns: tuple[str, ...] = NOUNS, featured: str | None = None,
+               tokenizer: WordTokenizer, nouns: tuple[str, ...] | None = None, featured: str | None = None,
                share: float = 0.0) -> Batch:
     """`size` new random scenes, a `share` of them with the `featured` noun; a tenth of the captions is empty."""
     scenes = []

@@ -25,21 +25,22 @@ MIN_GAP = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """Where objects may stand and how large they are, in pixels.
+    """Which objects there are, where they may stand and how large they are, in pixels.
 
     Boxes begin at multiples of `grid`: a model whose patches have that size learns the shapes much faster. `few` are
-    the longest sides with one or two objects, `many` those with three to five.
+    the longest sides with one or two objects, `many` those with three to five. `nouns`: which objects there are.
     """
 
     grid: int
     few: tuple[int, ...]
     many: tuple[int, ...]
+    nouns: tuple[str, ...] = NOUNS
 
 
 UNET_LAYOUT = Layout(4, (20, 26, 30), (16, 20))
-FLUX_LAYOUT = Layout(8, (24,), (16,))
-"""An easier world, since FLUX learns about ten times slower than the UNet: every object begins with an image token, and has
-one size with one or two of them, another with more."""
+FLUX_LAYOUT = Layout(8, (24,), (16,), ("dog", "cat", "giraffe", "airplane", "teddy bear", "car", "apple", "clock"))
+"""An easier world, since FLUX learns about ten times slower than the UNet: eight nouns, every object begins with an image
+token, and has one size with one or two of them, another with more."""
 LAYOUTS = {"unet": UNET_LAYOUT, "flux": FLUX_LAYOUT}
 """By backbone."""
 SIZES = tuple(range(16, 31, 2))
@@ -235,9 +236,11 @@ def _caption(rng: np.random.Generator, objects: tuple[PlacedObject, ...]) -> str
     return f"a photo of {text}" if rng.random() < 0.3 else text
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tuple[str, ...] = NOUNS,
+def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tuple[str, ...] | None = None,
                  layout: Layout = UNET_LAYOUT) -> Scene:
-    """A random scene of `count` different objects out of `nouns`; without a count as in training (1 to 5, mostly 2)."""
+    """A random scene of `count` different objects out of `nouns` (the layout's); without a count as in training (1 to 5,
+    mostly 2)."""
+    nouns = nouns or layout.nouns
     if count is None:
         draw = rng.random()
         count = 1 if draw < 0.08 else 2 if draw < 0.88 else int(rng.integers(3, 6))

@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..classifiers.base import ClassifierError
+from ..classifiers.checkpoint import save_classifier
 from ..steering.backbones import UnsupportedModel, find_backbone
 from ..steering.tokens import TokenError
+from .calibration import calibrate
 from .dataset import Progress, RelationDataset, build_dataset
 from .gqa import read_gqa
 from .inversion import InversionSettings, Inverter
@@ -20,7 +21,7 @@ from .models import load_models
 from .small_world import small_world_source
 from .sources import SPLITS, Quota, Source, read_folder
 from .storage import TrainingError
-from .trainer import CLASSIFIER_FILE, TrainingProgress, TrainingRun, TrainingSettings
+from .trainer import TrainingProgress, TrainingRun, TrainingSettings
 
 SOURCES = ("drawn", "generated", "folder", "gqa")
 BAR = 30
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description="Makes a relation classifier for a model.")
-    commands = parser.add_subparsers(required=True, metavar="build | train")
+    commands = parser.add_subparsers(required=True, metavar="build | train | calibrate")
     _add_build(commands.add_parser("build", help="labelled pictures -> dataset of attention maps"))
     _add_train(commands.add_parser("train", help="datasets -> classifier"))
+    _add_calibrate(commands.add_parser("calibrate", help="datasets -> geometric classifier for their model"))
     return parser
 
 
@@ -89,18 +91,27 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, help="folder for state, charts and classifier")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="dataset folders")
     parser.add_argument("--name", default="", help="name of the classifier (default: the folder's)")
-    parser.add_argument("--save", type=Path, help="copy the finished classifier to this .safetensors file")
+    parser.add_argument("--save", type=Path, help="write the finished classifier to this .safetensors file")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without-wrong-captions", action="store_true",
                         help="learn from true captions only (shows what leaks)")
     parser.add_argument("--without-nouns", default="", help="objects left out of training, separated by commas")
+    parser.add_argument("--mirror", action="store_true",
+                        help="turn the maps over at random, with their labels (not in the paper)")
     settings = parser.add_argument_group("optimisation (defaults are the paper's for the datasets' kind of model)")
     for name, kind in (("learning-rate", float), ("weight-decay", float), ("epochs", int), ("batch-size", int),
                        ("patience", int), ("stop-after", int)):
         settings.add_argument(f"--{name}", type=kind)
     settings.add_argument("--d-model", type=int, help="width of the network (default 256)")
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=calibrate_rule)
+    parser.add_argument("data", type=Path, nargs="+", help="dataset folders")
+    parser.add_argument("--save", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--threads", type=int, help="of the CPU")
 
 
 def build(given: argparse.Namespace) -> None:
@@ -157,18 +168,30 @@ def train(given: argparse.Namespace) -> None:
     nouns = tuple(noun.strip() for noun in given.without_nouns.split(",") if noun.strip())
     settings = TrainingSettings.for_backbone(
         backbone, seed=given.seed, wrong_captions=not given.without_wrong_captions, without_nouns=nouns,
-        **{name: value for name, value in changes.items() if value is not None})
+        mirror=given.mirror, **{name: value for name, value in changes.items() if value is not None})
     run = TrainingRun(given.run_folder, datasets, settings, given.d_model, given.device, given.name)
     print(f"{len(run.chosen['train'])} training items, {len(run.chosen['validation'])} validation items, "
           f"{run.layout.channels} maps a word; {len(run.history)} epochs are there")
     classifier = run.run(_show_training)
     print(f"\nbest epoch {run.best_epoch + 1} of {len(run.history)}; results in {given.run_folder}")
-    for name, result in classifier.training["results"].items():
-        print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+    _print_results(classifier.training)
     if given.save:
         given.save.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(given.run_folder / CLASSIFIER_FILE, given.save)
+        save_classifier(given.save, classifier)
         print(f"saved {given.save}")
+
+
+def calibrate_rule(given: argparse.Namespace) -> None:
+    classifier = calibrate([RelationDataset(folder) for folder in given.data], given.save.stem)
+    given.save.parent.mkdir(parents=True, exist_ok=True)
+    save_classifier(given.save, classifier)
+    _print_results(classifier.training)
+    print(f"{classifier.training['channels_used']} of {len(classifier.channel_weights)} channels used; saved {given.save}")
+
+
+def _print_results(training: Mapping) -> None:
+    for name, result in training["results"].items():
+        print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
 
 
 def _show_training(progress: TrainingProgress) -> None:

@@ -1,7 +1,7 @@
 """How right a relation network is, on true-caption and wrong-caption maps, per step and relation: numbers, charts."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..classifiers.network import RelationNetwork
 from ..steering.pictures import curve_chart, matrix_chart, save_png
 from ..steering.predicates import RELATIONS
 
@@ -60,13 +59,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(network: RelationNetwork, data: Data, items: Sequence[Item], device: torch.device) -> Evaluation:
-    """The network in eval mode on `items` of `data`."""
-    network.eval()
+def evaluate(classify: Callable[[Tensor, Tensor, Tensor], Tensor], data: Data, items: Sequence[Item],
+             device: torch.device) -> Evaluation:
+    """On `items` of `data`. classify: subject maps, object maps, step indices -> logits over RELATIONS."""
     losses, answers = [], []
     for first in range(0, len(items), BATCH):
         subject, other, steps, truth = data.batch(items[first:first + BATCH], device)
-        logits = network(subject, other, steps)
+        logits = classify(subject, other, steps)
         losses.append(F.cross_entropy(logits, truth, reduction="none").cpu())
         answers.append(logits.argmax(-1).cpu())
     answer, loss = torch.cat(answers), float(torch.cat(losses).double().mean())

@@ -12,7 +12,7 @@ from ..steering.predicates import RELATIONS
 from ..toyworld.config import SAMPLING, Sampling
 from ..toyworld.detector import detect
 from ..toyworld.sampling import sample_pictures
-from ..toyworld.scenes import LAYOUTS, NOUNS, UNET_LAYOUT, Layout, Prompt, random_scene, true_relations, with_article
+from ..toyworld.scenes import LAYOUTS, UNET_LAYOUT, Layout, Prompt, random_scene, true_relations, with_article
 from .sources import SPLITS, Candidate, Drop, Example
 
 MODELS = {"unet": "unet", "mmdit": "flux"}
@@ -35,13 +35,12 @@ class DrawnScenes:
 
     per_relation: Mapping[str, int | None]
     seed: int = 0
-    nouns: tuple[str, ...] = NOUNS
     layout: Layout = UNET_LAYOUT
     licence: str = field(default=LICENCE, init=False)
 
     def describe(self) -> dict:
         return {"kind": "small world, drawn", "per_relation": dict(self.per_relation), "seed": self.seed,
-                "nouns": list(self.nouns), "grid": self.layout.grid, "sizes": list(self.layout.few)}
+                "nouns": list(self.layout.nouns), "grid": self.layout.grid, "sizes": list(self.layout.few)}
 
     def candidates(self) -> list[Candidate]:
         return _counted(self.per_relation, "drawn")
@@ -53,7 +52,7 @@ class DrawnScenes:
         rng = _random(self.seed, candidate)
         wanted = RELATIONS[candidate.number % len(RELATIONS)]
         while True:
-            scene = random_scene(rng, 2, self.nouns, self.layout)
+            scene = random_scene(rng, 2, layout=self.layout)
             for subject, other in (scene.objects, scene.objects[::-1]):
                 if true_relations(subject.box, other.box) == {wanted}:
                     image = torch.from_numpy(scene.image).float() / 255
@@ -72,16 +71,19 @@ class GeneratedPictures:
     per_relation: Mapping[str, int | None]
     seed: int = 0
     backbone: str = "unet"
-    nouns: tuple[str, ...] = NOUNS
     licence: str = field(default=LICENCE, init=False)
 
     def describe(self) -> dict:
         return {"kind": "small world, generated and verified", "per_relation": dict(self.per_relation),
-                "seed": self.seed, "sampling": asdict(self._sampling), "nouns": list(self.nouns)}
+                "seed": self.seed, "sampling": asdict(self._sampling), "nouns": list(self._nouns)}
 
     @property
     def _sampling(self) -> Sampling:
         return SAMPLING[MODELS[self.backbone]]
+
+    @property
+    def _nouns(self) -> tuple[str, ...]:
+        return LAYOUTS[MODELS[self.backbone]].nouns
 
     def candidates(self) -> list[Candidate]:
         return _counted(self.per_relation, "generated")
@@ -93,7 +95,7 @@ class GeneratedPictures:
 
     def _prompt(self, candidate: Candidate) -> tuple[Prompt, int]:
         rng = _random(self.seed + 1, candidate)
-        subject, other = (self.nouns[index] for index in rng.permutation(len(self.nouns))[:2])
+        subject, other = (self._nouns[index] for index in rng.permutation(len(self._nouns))[:2])
         relation = RELATIONS[candidate.number % len(RELATIONS)]
         text = f"{with_article(subject)} {relation} {with_article(other)}"
         return Prompt(text, ((subject, relation, other),)), int(rng.integers(2**31))

@@ -21,7 +21,7 @@ from ..classifiers.checkpoint import save_classifier
 from ..classifiers.learned import LearnedClassifier
 from ..classifiers.network import RelationNetwork, paper_config
 from ..classifiers.steps import StepMapping
-from ..steering.predicates import RELATIONS
+from ..steering.predicates import RELATIONS, VERTICAL
 from .dataset import RelationDataset, Sample
 from .evaluation import Evaluation, Item, evaluate, save_charts
 from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
@@ -34,7 +34,8 @@ class TrainingSettings:
     """How a classifier is trained; the defaults are the paper's for Stable Diffusion.
 
     patience, factor, least_rate: of ReduceLROnPlateau; stop_after: epochs without a better validation loss;
-    wrong_captions: off shows what leaks when only true captions are learned from; without_nouns: objects held out.
+    wrong_captions: off shows what leaks when only true captions are learned from; without_nouns: objects held out;
+    mirror: every map pair turned over at random with its label (not in the paper), which makes much of few pictures.
     """
 
     learning_rate: float = 1e-4
@@ -48,6 +49,7 @@ class TrainingSettings:
     seed: int = 0
     wrong_captions: bool = True
     without_nouns: tuple[str, ...] = ()
+    mirror: bool = False
 
     @staticmethod
     def for_backbone(backbone: str, **changes) -> TrainingSettings:
@@ -95,6 +97,23 @@ class Data:
         return maps[:, 0], maps[:, 1], steps, truth
 
 
+def mirrored(subject: Tensor, other: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each pair at random turned left to right, turned upside down, and with subject and object exchanged, and what holds
+    then. subject, other: [B, channels, size, size]; truth: [B], indices into RELATIONS.
+
+    A model has habits of place, which the turned maps do not show: a classifier learns not to trust them.
+    """
+    across, upright, exchanged = (torch.rand(3, len(truth)) < 0.5).to(truth.device).unbind()
+    for turned, axis in ((across, -1), (upright, -2)):
+        where = turned.view(-1, 1, 1, 1)
+        subject, other = (torch.where(where, maps.flip(axis), maps) for maps in (subject, other))
+    where = exchanged.view(-1, 1, 1, 1)
+    subject, other = torch.where(where, other, subject), torch.where(where, subject, other)
+    sideways = truth >= len(VERTICAL)
+    opposite = torch.where(sideways, across, upright) ^ exchanged
+    return subject, other, torch.where(opposite, truth ^ 1, truth)  # opposites are neighbours in RELATIONS
+
+
 class TrainingRun:
     """One run in a folder: plan.json, state.pt after each epoch; at the end classifier, charts and training.json."""
 
@@ -105,12 +124,12 @@ class TrainingRun:
         Raises TrainingError where the datasets do not fit together or the folder holds another run.
         """
         self.folder, self.settings, self.device = folder, settings, torch.device(device)
-        self.layout, self.steps, self.licence = _common(datasets)
+        self.layout, self.steps, self.licence = common_layout(datasets)
         changes = {"d_model": width} if width else {}
         self.config = paper_config(self.layout.backbone, num_timesteps=self.steps.num_timesteps,
                                    map_size=self.layout.size, **changes)
         self.name = name or folder.name
-        self.data = {split: _read(datasets, split, self.steps.timesteps) for split in ("train", "validation", "test")}
+        self.data = {split: read_split(datasets, split, self.steps.timesteps) for split in ("train", "validation", "test")}
         self.chosen = {split: self._choose(self.data[split]) for split in ("train", "validation")}
         for split, items in self.chosen.items():
             if not items:
@@ -198,6 +217,8 @@ class TrainingRun:
             self.network.train()
             for number, rows in enumerate(order, 1):
                 subject, other, steps, truth = self.data["train"].batch([items[row] for row in rows], self.device)
+                if settings.mirror:
+                    subject, other, truth = mirrored(subject, other, truth)
                 loss = F.cross_entropy(self.network(subject, other, steps), truth)
                 if not loss.isfinite():
                     raise TrainingError(f"The loss is not finite in epoch {epoch + 1}, batch {number}. Train with a "
@@ -207,6 +228,7 @@ class TrainingRun:
                 self.optimizer.step()
                 losses.append(float(loss.detach()) * len(rows))
                 on_progress(TrainingProgress(epoch, settings.epochs, number, len(order), self.history))
+        self.network.eval()
         validation = evaluate(self.network, self.data["validation"], self.chosen["validation"], self.device)
         self.schedule.step(validation.loss)
         self.history.append(EpochResult(sum(losses) / len(items), validation.loss, validation.accuracy, rate))
@@ -247,6 +269,7 @@ class TrainingRun:
     def _evaluate(self) -> dict[str, Evaluation]:
         """Of the best network on the test split (the validation split where there is none), all captions; held-out
         objects apart."""
+        self.network.eval()
         split = "test" if self.data["test"].samples else "validation"
         data, held_out = self.data[split], set(self.settings.without_nouns)
         groups: dict[str, list[Item]] = {split: [], f"{split}, held-out objects": []}
@@ -257,7 +280,7 @@ class TrainingRun:
         return {name: evaluate(self.network, data, items, self.device) for name, items in groups.items() if items}
 
 
-def _common(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping, str]:
+def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping, str]:
     """Layout, steps and licences of datasets that can be trained on together."""
     def kind(dataset: RelationDataset) -> tuple:
         maps = dataset.manifest["maps"]
@@ -275,7 +298,7 @@ def _common(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping
     return MapLayout(size, normalise, channels, backbone), StepMapping(timesteps, steps), "; ".join(licences)
 
 
-def _read(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:
+def read_split(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:
     samples: list[Sample] = []
     maps: list[Tensor] = []
     for dataset in datasets:

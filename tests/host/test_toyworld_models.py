@@ -23,7 +23,7 @@ from toyworld import models, text, train  # noqa: E402
 from toyworld.config import SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
 from toyworld.detector import detect, judge  # noqa: E402
 from toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
-from toyworld.scenes import random_scene, relation_parts, two_object_prompts  # noqa: E402
+from toyworld.scenes import LAYOUTS, Layout, random_scene, relation_parts, two_object_prompts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def world() -> tuple:
 
 
 @pytest.fixture(scope="module", params=["unet", "flux"])
-def either(request: pytest.FixtureRequest) -> tuple[tuple, Sampling]:
-    """Each model with its usual sampling settings."""
+def either(request: pytest.FixtureRequest) -> tuple[tuple, Sampling, Layout]:
+    """Each model with its usual sampling settings and its world."""
     with torch.inference_mode():
-        return models.LOADERS[request.param](), SAMPLING[request.param]
+        return models.LOADERS[request.param](), SAMPLING[request.param], LAYOUTS[request.param]
 
 
 def stock_picture(world: tuple, prompt: str, seed: int, chosen: Sampling) -> torch.Tensor:
@@ -53,7 +53,7 @@ def stock_picture(world: tuple, prompt: str, seed: int, chosen: Sampling) -> tor
 
 
 def test_stock_nodes_draw_the_same_picture(either: tuple) -> None:
-    world, chosen = either
+    world, chosen, _ = either
     prompt = "a photo of a dog to the left of a cat"
     picture = stock_picture(world, prompt, 7, chosen)
     assert picture.shape == (1, 64, 64, 3)
@@ -62,8 +62,8 @@ def test_stock_nodes_draw_the_same_picture(either: tuple) -> None:
 
 
 def test_most_pictures_show_both_objects(either: tuple) -> None:
-    world, chosen = either
-    prompts = two_object_prompts(16, "tune")
+    world, chosen, layout = either
+    prompts = two_object_prompts(16, "tune", layout.nouns)
     images = sample_pictures(*world, [prompt.text for prompt in prompts], list(range(16)), **asdict(chosen))
     verdicts = []
     for prompt, found in zip(prompts, detect(images), strict=True):

@@ -60,3 +60,31 @@ def test_a_few_epochs_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = trainer.TrainingRun(tmp_path / "run", [dataset.RelationDataset(tmp_path / "data")], settings, 64, name="spots")
     run.run()
     assert run.history[-1].validation_accuracy > 0.9
+
+
+class MixedMaps(SpotMaps):
+    """Channels 0 and 3 show the spots; channel 2 shows them the wrong way round, the others nothing."""
+
+    def invert(self, images: torch.Tensor, texts: list, seeds: list):
+        made = super().invert(images, texts, seeds)
+        noise = torch.rand(made.maps.shape, generator=torch.Generator().manual_seed(seeds[0])) / 200
+        noise[:, :, :, 2] = made.maps[:, :, [1, 0], 2].float()
+        for channel in (0, 3):
+            noise[:, :, :, channel] = made.maps[:, :, :, channel].float()
+        return captions.Inverted((noise / noise.sum((-1, -2), keepdim=True)).half(), made.psnr)
+
+
+def test_calibration_finds_the_channels_that_know_the_place(tmp_path: Path) -> None:
+    dataset.build_dataset(tmp_path / "data", Spots(), MixedMaps(), batch=8)
+    rule = pack("training.calibration").calibrate([dataset.RelationDataset(tmp_path / "data")], "spots")
+    assert (rule.channel_weights > 0.4).tolist() == [True, False, False, True, False, False]
+    assert rule.channel_weights[2] == 0 and rule.channel_weights.sum() == pytest.approx(1)
+    results = rule.training["results"]
+    assert results["test"]["accuracy"] > 0.95 > results["test, all channels alike"]["accuracy"]
+    assert rule.layout.channels == 6 and rule.layout.backbone == "unet" and rule.training["pictures"] == 80
+
+
+def test_calibration_says_when_no_channel_knows() -> None:
+    calibration = pack("training.calibration")
+    with pytest.raises(calibration.TrainingError, match="No channel is right more often than chance on 20 pictures"):
+        calibration.channel_weights(torch.tensor([0.6, 0.5, 0.1]), 20)

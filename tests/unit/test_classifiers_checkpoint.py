@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from classifiers.base import ClassifierError, MapLayout, check_layout
 from classifiers.checkpoint import load_classifier, save_classifier
 from classifiers.convert import main as convert
+from classifiers.geometric import GeometricClassifier, GeometricSettings
 from classifiers.learned import LearnedClassifier
 from classifiers.network import RelationNetwork, paper_config
 from classifiers.published import LICENCE
@@ -375,3 +376,44 @@ def test_convert_reports_faults_without_a_traceback(tmp_path, capsys):
             convert([str(bad), str(tmp_path / target)])
         assert ended.value.code and words in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["bad.pth"]
+
+
+def test_a_calibrated_rule_is_kept_in_a_file(tmp_path):
+    weights = torch.tensor([0.5, 0.0, 0.5])
+    rule = GeometricClassifier(GeometricSettings(margin=0.25), channel_weights=weights, name="mine", backbone="mmdit",
+                               training={"pictures": 8}, licence="CC0")
+    for name in ("mine", "again"):
+        save_classifier(tmp_path / f"{name}.safetensors", rule)
+    assert (tmp_path / "mine.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    with torch.inference_mode():
+        read = load_classifier(tmp_path / "mine.safetensors")
+    assert (read.name, read.settings, read.layout, read.training, read.licence) == (
+        "mine", rule.settings, rule.layout, rule.training, "CC0")
+    assert read.layout.channels == 3 and read.layout.backbone == "mmdit" and not read.channel_weights.is_inference()
+    maps = torch.rand(2, 3, 16, 16)
+    assert torch.equal(read.logits(maps, maps.flip(2), torch.zeros(2)), rule.logits(maps, maps.flip(2), torch.zeros(2)))
+    with pytest.raises(ClassifierError, match="3 maps of a FLUX model"):
+        check_layout(read, 195, "unet")
+    with pytest.raises(ClassifierError, match="no weights to save"):
+        save_classifier(tmp_path / "plain.safetensors", GeometricClassifier())
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda description, weights: weights.update(more=torch.ones(2)), "more"),
+    (lambda description, weights: weights.clear() or weights.update(other=torch.ones(3)), "other"),
+    (lambda description, weights: weights.update(channel_weights=torch.tensor([1.0, float("nan"), 1.0])), "channel weights"),
+    (lambda description, weights: weights.update(channel_weights=torch.ones(2)), "says 3 channels"),
+    (lambda description, weights: description["settings"].update(margins=1), "metadata is damaged"),
+    (lambda description, weights: description["settings"].update(temperature=0), "temperature"),
+    (lambda description, weights: description.pop("layout"), "metadata is damaged"),
+])
+def test_faults_of_a_calibrated_rule_are_named(tmp_path, change, words):
+    path = tmp_path / "rule.safetensors"
+    save_classifier(path, GeometricClassifier(channel_weights=torch.ones(3), name="rule"))
+    with safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["relation_classifier"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    change(description, weights)
+    save_file(weights, path, {"relation_classifier": json.dumps(description)})
+    with pytest.raises(ClassifierError, match=words):
+        load_classifier(path)

@@ -125,14 +125,56 @@ def test_scale_and_offset_of_the_maps_do_not_matter():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["zeros", "flat", "one cell", "huge", "tiny"])
-def test_extreme_maps_give_finite_logits_and_gradients(kind, dtype):
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.6, 0.3, 0.1])])
+def test_extreme_maps_give_finite_logits_and_gradients(kind, dtype, weights):
     maps = {"zeros": torch.zeros(2, 3, SIZE, SIZE), "flat": torch.full((2, 3, SIZE, SIZE), 1 / 256),
             "one cell": block(15, 0, side=1).float().repeat(2, 1, 1, 1), "huge": smooth(7, batch=2, channels=3) * 6e4,
             "tiny": smooth(7, batch=2, channels=3) * 1e-3}[kind].to(dtype).requires_grad_()
-    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5))
+    classifier = GeometricClassifier(GeometricSettings(pairwise=0.5), channel_weights=weights)
     logits = classifier.logits(maps, maps.detach().flip(2), torch.zeros(2))
-    (torch.logsumexp(logits, 1) + spread(maps, maps.detach())).sum().backward()
+    (torch.logsumexp(logits, 1) + spread(maps, maps.detach(), weights)).sum().backward()
     assert logits.dtype == torch.float32 and logits.isfinite().all() and maps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.7, 0.0, 0.3])])
+def test_gradient_of_logits_and_spread_is_the_slope(weights):
+    classifier = GeometricClassifier(channel_weights=weights)
+    subject, object = smooth(11, channels=3), smooth(12, channels=3)
+
+    def total(first):
+        return classifier.logits(first, object, NO_PROGRESS)[0, 2] + 6 * spread(first, object, weights).sum()
+
+    leaf = subject.clone().requires_grad_()
+    gradient, = torch.autograd.grad(total(leaf), leaf)
+    assert (gradient[:, 1] == 0).all() == (weights is not None)
+    for seed in range(3):
+        direction = smooth(20 + seed, channels=3) - 0.2
+        size = 1e-6
+        slope = (total(subject + size * direction) - total(subject - size * direction)) / (2 * size)
+        assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
+
+
+def test_weighted_channels_count_alike_however_strong_they_are():
+    """Channel 0 knows the place; channel 1 takes ten times the attention and points to the other side."""
+    subject, object = (torch.cat([block(x, 7, channels=1) + 1, 10 * block(other, 7, channels=1) + 3], dim=1)
+                       for x, other in ((2, 12), (12, 2)))
+    left = relation_indices(GeometricClassifier(), ["to the left of"])[0]
+    right = relation_indices(GeometricClassifier(), ["to the right of"])[0]
+    for weights, wanted in ((None, right), ((1.0, 0.0), left), ((0.8, 0.2), left), ((0.2, 0.8), right)):
+        weights = None if weights is None else torch.tensor(weights)
+        assert GeometricClassifier(channel_weights=weights).logits(subject, object, NO_PROGRESS).argmax() == wanted
+    flat = torch.full_like(subject, 1 / 256) * (1 + 1e-6 * torch.rand(subject.shape))  # rounding alone
+    flat[:, 0] = subject[:, 0]
+    mixed = GeometricClassifier(channel_weights=torch.tensor([0.5, 0.5]))
+    assert mixed.logits(flat, object, NO_PROGRESS).isfinite().all()
+    assert locate(flat, 2.0, torch.tensor([0.5, 0.5])).centre[0, 0] == pytest.approx(
+        locate(flat[:, :1], 2.0).centre[0, 0].item(), abs=1e-2)
+
+
+@pytest.mark.parametrize("weights", [torch.zeros(3), torch.tensor([1.0, -1.0]), torch.tensor([float("nan")]), torch.ones(2, 2)])
+def test_impossible_channel_weights_are_refused(weights):
+    with pytest.raises(ClassifierError, match="channel weights"):
+        GeometricClassifier(channel_weights=weights)
 
 
 def test_flat_maps_favour_no_side():

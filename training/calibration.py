@@ -1,0 +1,76 @@
+"""Which channels know where things are: weights for the geometric classifier, measured on labelled maps.
+
+Not in the paper. A few dozen labelled pictures are enough, since there is one number to find for each layer and head.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..classifiers.geometric import DIRECTIONS, GeometricClassifier, locate
+from ..steering.predicates import RELATIONS
+from .dataset import RelationDataset
+from .evaluation import BATCH, Evaluation, Item, evaluate
+from .storage import TrainingError
+from .trainer import Data, common_layout, read_split
+
+_AXES = torch.tensor([DIRECTIONS[relation] for relation in RELATIONS])
+_CPU = torch.device("cpu")
+
+
+def agreement(data: Data, items: Sequence[Item]) -> Tensor:
+    """[C], 0 to 1: how often a channel alone has the subject's centre on the right side of the object's."""
+    right = torch.zeros(())
+    for first in range(0, len(items), BATCH):
+        subject, other, _, truth = data.batch(items[first:first + BATCH], _CPU)
+        channels = subject.shape[1]
+        offsets = [locate(maps.flatten(0, 1)[:, None], GeometricClassifier().settings.sharpness).centre.view(-1, channels, 2)
+                   for maps in (subject, other)]
+        along = ((offsets[0] - offsets[1]) * _AXES[truth][:, None]).sum(-1)
+        right = right + (along > 0).float().sum(0) + 0.5 * (along == 0).float().sum(0)
+    return right / len(items)
+
+
+def channel_weights(agreement: Tensor, pictures: int) -> Tensor:
+    """[C], summing to 1: the square of how far a channel is above chance, less what `pictures` make of chance alone.
+
+    Raises TrainingError where no channel is above chance.
+    """
+    edge = (2 * agreement - 1 - 2 * pictures ** -0.5).clamp(min=0)
+    if not edge.any():
+        raise TrainingError(f"No channel is right more often than chance on {pictures} pictures. Build the dataset with more "
+                            "pictures, or record later steps.")
+    return edge.square() / edge.square().sum()
+
+
+def calibrate(datasets: Sequence[RelationDataset], name: str = "") -> GeometricClassifier:
+    """A geometric classifier for the datasets' model, weighted by the training split.
+
+    Its `training` has the accuracy on the test split (validation where there is none), also with all channels alike.
+    """
+    layout, steps, licence = common_layout(datasets)
+    train = read_split(datasets, "train", steps.timesteps)
+    if not train.samples:
+        raise TrainingError("The dataset has no samples in its train split. Build it with pictures for training.")
+    pictures = len({sample.picture for sample in train.samples})
+    weights = channel_weights(agreement(train, train.items()), pictures)
+    split = "test"
+    test = read_split(datasets, split, steps.timesteps)
+    if not test.samples:
+        split = "validation"
+        test = read_split(datasets, split, steps.timesteps)
+    plain = GeometricClassifier(size=layout.size)
+    tuned = GeometricClassifier(size=layout.size, channel_weights=weights, name=name or "geometric", backbone=layout.backbone)
+    results = {f"{split}{label}": _evaluate(classifier, test).summary()
+               for label, classifier in (("", tuned), (", all channels alike", plain)) if test.samples}
+    return GeometricClassifier(
+        size=layout.size, channel_weights=weights, name=tuned.name, backbone=layout.backbone, licence=licence,
+        training={"pictures": pictures, "channels_used": int((weights > 0).sum()), "results": results})
+
+
+def _evaluate(classifier: GeometricClassifier, data: Data) -> Evaluation:
+    columns = [classifier.relations.index(relation) for relation in RELATIONS]
+    return evaluate(lambda subject, other, _: classifier.logits(subject, other, torch.zeros(len(subject)))[:, columns],
+                    data, data.items(), _CPU)
