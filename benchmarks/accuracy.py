@@ -2,7 +2,8 @@
 
     python dev.py bench accuracy --backbone unet --prompts 200 --json FILE
 
-Suite "main", one relation: unsteered; geometric (default settings); random (moves of the same length in random
+Suite "main", one relation: unsteered; geometric (default settings); calibrated (the same with the channels weighted for
+this model, where its file is there); random (moves of the same length in random
 directions: shows that it is the gradient); learned; learned without wrong captions (shows the leakage). Suite "several":
 three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
 object that the model never saw, taught by a LoRA. Where the JSON file has rows already that were measured with the same
@@ -48,12 +49,13 @@ from learn_to_steer.steering.relations import build_graph  # noqa: E402
 from learn_to_steer.steering.sampling import Steering, apply_steering  # noqa: E402
 from learn_to_steer.steering.tokens import encode_prompt  # noqa: E402
 from learn_to_steer.toyworld import models, scenes  # noqa: E402
-from learn_to_steer.toyworld.config import SAMPLING, STEERING, Sampling  # noqa: E402
+from learn_to_steer.toyworld.config import RULE, SAMPLING, STEERING, STEERING_LEARNED, Sampling  # noqa: E402
 from learn_to_steer.toyworld.detector import detect, judge_relations  # noqa: E402
 
 from .table import machine, print_table, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "classifiers" / "weights"
 
 
 def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Tensor:
@@ -89,7 +91,7 @@ class Row:
 def classifier_files(backbone: str) -> dict[str, Path]:
     """The learned classifiers by row name: the shipped one, and those that exist for comparison."""
     compared = ROOT / "benchmarks" / "weights"
-    return {"learned": ROOT / "classifiers" / "weights" / f"toyworld_{backbone}.safetensors",
+    return {"learned": SHIPPED / f"toyworld_{backbone}.safetensors",
             "learned, true captions only": compared / f"{backbone}_true_captions.safetensors",
             "learned without these objects": compared / f"{backbone}_without_held_out.safetensors"}
 
@@ -106,7 +108,10 @@ def ways(backbone: str) -> dict[str, Way | None]:
     found = {"unsteered": None,
              "geometric": Way(GeometricClassifier(), settings),
              "random direction": Way(GeometricClassifier(), settings, random_move)}
-    return found | {name: Way(classifier, settings) for name, classifier in classifiers(backbone).items()}
+    if RULE[backbone]:
+        found["geometric, calibrated"] = Way(load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors"), settings)
+    trained = dataclasses.replace(settings, **STEERING_LEARNED[backbone])
+    return found | {name: Way(classifier, trained) for name, classifier in classifiers(backbone).items()}
 
 
 SUITES = ("main", "several", "held-out", "personalised")
@@ -115,26 +120,27 @@ LORA, LORA_NOUN = ROOT / "benchmarks" / "weights" / "unet_octopus_lora.safetenso
 
 def suite(name: str, backbone: str, count: int) -> list[Row]:
     """The rows of one suite, on `count` prompts each."""
-    known = ways(backbone)
+    known, nouns = ways(backbone), scenes.LAYOUTS[backbone].nouns
 
     def rows(names: Iterable[str], prompts: list, group: str, lora: Path | None = None) -> list[Row]:
         return [Row(way, known[way], prompts, group, lora) for way in names if way in known]
 
-    three = ("unsteered", "geometric", "learned")
+    three = ("unsteered", "geometric", "geometric, calibrated", "learned")
     if name == "main":
-        return rows(("unsteered", "geometric", "random direction", "learned", "learned, true captions only"),
-                    scenes.two_object_prompts(count), "one relation")
+        return rows(("unsteered", "geometric", "geometric, calibrated", "random direction", "learned",
+                     "learned, true captions only"),
+                    scenes.two_object_prompts(count, nouns=nouns), "one relation")
     if name == "several":
         return [row for objects, relations in sorted(scenes.MULTI_FORMS) for row in
-                rows(three, scenes.multi_relation_prompts(count, objects, relations),
+                rows(three, scenes.multi_relation_prompts(count, objects, relations, nouns=nouns),
                      f"{objects} objects, {relations} relations")]
     if name == "held-out":
-        prompts = scenes.two_object_prompts(count, featured=scenes.HELD_OUT_NOUNS)
+        prompts = scenes.two_object_prompts(count, nouns=nouns, featured=scenes.HELD_OUT_NOUNS)
         return rows(("unsteered", "learned", "learned without these objects"), prompts,
                     f"with {', '.join(scenes.HELD_OUT_NOUNS)}")
     if backbone != "unet":
         return []  # the LoRA is for the UNet
-    prompts = scenes.two_object_prompts(count, nouns=(*scenes.NOUNS, LORA_NOUN), featured=(LORA_NOUN,))
+    prompts = scenes.two_object_prompts(count, nouns=(*nouns, LORA_NOUN), featured=(LORA_NOUN,))
     return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
 
@@ -228,6 +234,8 @@ def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
         else:
             for name, weight in sorted(classifier.network.state_dict().items()):
                 found.update(name.encode() + weight.numpy().tobytes())
+        if getattr(classifier, "channel_weights", None) is not None:
+            found.update(classifier.channel_weights.numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -256,7 +264,7 @@ def main() -> None:
         protocol = dataclasses.replace(protocol, cfg=arguments.cfg)
     usual = SteeringSettings(**STEERING[arguments.backbone])
     if arguments.grid:
-        prompts = scenes.two_object_prompts(arguments.prompts, "tune")
+        prompts = scenes.two_object_prompts(arguments.prompts, "tune", scenes.LAYOUTS[arguments.backbone].nouns)
         learned = load_classifier(arguments.learned) if arguments.learned else None
         grids = ([(item.partition("=")[0], [item]) for item in arguments.grid] if arguments.one_by_one
                  else [("settings", arguments.grid)])

@@ -57,10 +57,16 @@ class Sampling:
 
 
 SAMPLING = {"unet": Sampling(25, 3.5, "euler_ancestral", "ddim_uniform"),
-            "flux": Sampling(25, 3.5, "euler_ancestral", "simple")}
+            "flux": Sampling(25, 4.5, "euler_ancestral", "simple")}
 """By backbone: how the small models are sampled in workflows, benchmarks and tests.
 
 The fresh noise of an ancestral sampler mends what a small model got wrong in earlier steps: far fewer doubled objects."""
 
-STEERING: dict[str, dict[str, float]] = {"unet": {}, "flux": {"end": 0.48, "step_size": 6.0}}
+STEERING: dict[str, dict[str, float]] = {
+    "unet": {}, "flux": {"end": 0.6, "step_size": 5.0, "stop_probability": 0.97, "compactness": 1.5}}
 """By backbone: where workflows and benchmarks steer with other settings than the defaults (names of SteeringSettings)."""
+STEERING_LEARNED: dict[str, dict[str, float]] = {"unet": {}, "flux": {"compactness": 0.0}}
+"""By backbone: what differs from STEERING with a trained classifier."""
+
+RULE: dict[str, str | None] = {"unet": None, "flux": "toyworld_flux_geometric"}
+"""By backbone: the shipped geometric classifier that workflows use, None for the built-in one."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from toyworld.config import SAMPLING, STEERING
+from toyworld.config import RULE, SAMPLING, STEERING
 
 from .sheet import Group, Node, Note, Output, Sheet, read_note
 
 SEED, MULTI_SEED, FLUX_SEED = 1, 22, 0  # the first with the right objects in wrong places, and all right with steering
 PROMPT = "a photo of a dog to the right of a teddy bear"
 MULTI_PROMPT = "a photo of a dog to the left of a cat and an apple above the cat"
-INPUTS = {"end": "end_percent", "step_size": "step_size"}
-"""The sampler's input for each setting in STEERING."""
+INPUTS = {"start": "start_percent", "end": "end_percent"}
+"""The sampler's inputs that have another name than the setting in STEERING."""
 GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
 
 
@@ -34,15 +34,18 @@ def start(sheet: Sheet, note: Note, prompt: str, backbone: str) -> tuple[Node, N
 
 
 def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, sampling: Mapping[str, Any],
-         steering: Mapping[str, float] | None) -> list[list[Node]]:
-    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes; steering: inputs, None: not steered."""
+         steering: Mapping[str, float] | None, rule: str | None = None) -> list[list[Node]]:
+    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes.
+
+    steering: inputs, None: not steered; rule: a shipped classifier, None: the built-in rule.
+    """
     loader, graph, negative, latent = parts
     capture = sheet.node("LearnToSteerCapture", model=loader["model"], graph=graph["graph"])
     common = {**sampling, "model": capture["model"], "positive": graph["positive"],
               "negative": negative["CONDITIONING"], "latent_image": latent["LATENT"]}
     first, behind = [capture], []
     if steering is not None:
-        classifier = sheet.node("LearnToSteerClassifierLoader")
+        classifier = sheet.node("LearnToSteerClassifierLoader", **({"classifier_name": f"{rule} (shipped)"} if rule else {}))
         sampler = sheet.node("LearnToSteerKSampler", width=320, graph=graph["graph"],
                              classifier=classifier["classifier"], **common, **steering)
         report = sheet.node("LearnToSteerReport", width=620, report=sampler["report"])
@@ -72,9 +75,9 @@ def two_lines(name: str, object_info: Mapping[str, Any], prompt: str, seed: int,
     chosen = SAMPLING[backbone]
     sampling = {"seed": seed, "steps": chosen.steps, "cfg": chosen.cfg, "sampler_name": chosen.sampler,
                 "scheduler": chosen.scheduler}
-    steering = {INPUTS[name]: value for name, value in STEERING[backbone].items()}
+    steering = {INPUTS.get(name, name): value for name, value in STEERING[backbone].items()}
     sheet.column(Group("Without steering", line(sheet, parts, "unsteered", sampling, None), RED),
-                 Group("With steering, the same seed", line(sheet, parts, "steered", sampling, steering), BLUE))
+                 Group("With steering, the same seed", line(sheet, parts, "steered", sampling, steering, RULE[backbone]), BLUE))
     return sheet
 
 
