@@ -265,7 +265,10 @@ def main() -> None:
     usual = SteeringSettings(**STEERING[arguments.backbone])
     if arguments.grid:
         prompts = scenes.two_object_prompts(arguments.prompts, "tune", scenes.LAYOUTS[arguments.backbone].nouns)
-        learned = load_classifier(arguments.learned) if arguments.learned else None
+        learned = None
+        if arguments.learned:
+            learned = load_classifier(arguments.learned)
+            usual = dataclasses.replace(usual, **STEERING_LEARNED[arguments.backbone])
         grids = ([(item.partition("=")[0], [item]) for item in arguments.grid] if arguments.one_by_one
                  else [("settings", arguments.grid)])
         rows = [Row("unsteered", None, prompts, "unsteered" if arguments.one_by_one else "settings")]

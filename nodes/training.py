@@ -170,9 +170,9 @@ class TrainRelationClassifier(io.ComfyNode):
                                                                                       "measured apart."),
                 io.Int.Input("width", default=256, min=32, max=2048, step=32, advanced=True,
                              tooltip="Width of the network. The paper: 256."),
-                io.Boolean.Input("mirror", default=False, advanced=True, tooltip="Turn the maps over at random, with "
-                                                                                 "their labels: makes much of few "
-                                                                                 "pictures. Not in the paper."),
+                io.Boolean.Input("mirror", default=False, advanced=True, optional=True,
+                                 tooltip="Turn the maps over at random, with their labels: makes much of few pictures. Not "
+                                         "in the paper."),
             ],
             outputs=[
                 Classifier.Output("classifier", display_name="classifier", tooltip="For the steering nodes and for "
@@ -187,7 +187,7 @@ class TrainRelationClassifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset: RelationDataset, name: str, learning_rate: float, epochs: int, batch: int, seed: int,
-                wrong_captions: bool, without_objects: str, width: int, mirror: bool) -> io.NodeOutput:
+                wrong_captions: bool, without_objects: str, width: int, mirror: bool = False) -> io.NodeOutput:
         settings = TrainingSettings(
             learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, wrong_captions=wrong_captions, mirror=mirror,
             without_nouns=tuple(noun.strip() for noun in without_objects.split(",") if noun.strip()))
@@ -228,7 +228,7 @@ class SaveRelationClassifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, classifier, name: str, overwrite: bool) -> io.NodeOutput:
-        if not hasattr(classifier, "network"):
+        if not hasattr(classifier, "network") and getattr(classifier, "channel_weights", None) is None:
             raise ValueError(f"input 'classifier': {classifier.name} has no weights to save. Connect \"Train Relation "
                              "Classifier\".")
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])

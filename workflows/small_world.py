@@ -8,7 +8,7 @@ from toyworld.config import RULE, SAMPLING, STEERING
 
 from .sheet import Group, Node, Note, Output, Sheet, read_note
 
-SEED, MULTI_SEED, FLUX_SEED = 1, 22, 0  # the first with the right objects in wrong places, and all right with steering
+SEED, MULTI_SEED, FLUX_SEED = 1, 22, 3  # the first with the right objects in wrong places, and all right with steering
 PROMPT = "a photo of a dog to the right of a teddy bear"
 MULTI_PROMPT = "a photo of a dog to the left of a cat and an apple above the cat"
 INPUTS = {"start": "start_percent", "end": "end_percent"}

@@ -19,8 +19,9 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
+from classifiers import checkpoint  # noqa: E402
 from toyworld import models, text, train  # noqa: E402
-from toyworld.config import SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
+from toyworld.config import FLUX_CONFIG, RULE, SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
 from toyworld.detector import detect, judge  # noqa: E402
 from toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
 from toyworld.scenes import LAYOUTS, Layout, random_scene, relation_parts, two_object_prompts  # noqa: E402
@@ -59,6 +60,14 @@ def test_stock_nodes_draw_the_same_picture(either: tuple) -> None:
     assert picture.shape == (1, 64, 64, 3)
     assert 0 <= picture.min() and picture.max() <= 1 and picture.std() > 0.02
     assert torch.equal(picture, sample_pictures(*world, [prompt], [7], **asdict(chosen)))
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULE.items() if rule])
+def test_the_shipped_rule_fits_its_model(name: str) -> None:
+    rule = checkpoint.load_classifier(models.WEIGHTS.parents[1] / "classifiers" / "weights" / f"{RULE[name]}.safetensors")
+    results = rule.training["results"]
+    assert rule.layout.channels == FLUX_CONFIG["num_heads"] * (FLUX_CONFIG["depth"] + FLUX_CONFIG["depth_single_blocks"])
+    assert results["test"]["accuracy"] > results["test, all channels alike"]["accuracy"] + 0.05
 
 
 def test_most_pictures_show_both_objects(either: tuple) -> None:

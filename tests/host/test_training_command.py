@@ -31,6 +31,8 @@ def test_build_and_train(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = saved.read_bytes()
     assert command.main(training) == 0  # there is nothing left to do
     assert saved.read_bytes() == before
+    assert command.main(["calibrate", str(data), "--save", str(tmp_path / "rule.safetensors")]) == 1
+    assert "No channel is right more often than chance on 4 pictures" in capsys.readouterr().err
     assert command.main([*training, "--seed", "1"]) == 1
     assert "other data or settings" in capsys.readouterr().err
 
@@ -57,6 +59,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path, capsys: pytes
     (["build", "{}", *BUILD, "--model", "gone.safetensors"], "There is no file gone.safetensors"),
     (["build", "{}", *BUILD, "--timesteps", "7"], "do not lie within"),
     (["train", "{}", "--data", "{}"], "holds no dataset"),
+    (["calibrate", "{}", "--save", "{}.safetensors"], "holds no dataset"),
 ])
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
     assert command.main([word.format(tmp_path / "nothing") for word in words]) == 1

@@ -46,7 +46,7 @@ def build(world: tuple, **changes):
 
 def train(dataset, **changes):
     settings = {"name": "learned", "learning_rate": 1e-3, "epochs": 2, "batch": 8, "seed": 0, "wrong_captions": True,
-                "without_objects": "", "width": 32}
+                "without_objects": "", "width": 32, "mirror": True}
     with torch.inference_mode():
         return nodes.TrainRelationClassifier.execute(dataset, **{**settings, **changes})
 
