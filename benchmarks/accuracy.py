@@ -2,10 +2,10 @@
 
     python dev.py bench accuracy --backbone unet --prompts 200 --json FILE
 
-Suite "main", one relation: unsteered; geometric (default settings); calibrated (the same with the channels weighted for
-this model, where its file is there); random (moves of the same length in random
-directions: shows that it is the gradient); learned; learned without wrong captions (shows the leakage). Suite "several":
-three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
+Suite "main", one relation: unsteered; geometric; calibrated (its channels weighted for this model, where such a file is
+shipped); random (moves of the same length in random directions: shows that it is the gradient); learned; its loss alone
+(without the term that keeps objects in one place, where the model's settings have it); learned without wrong captions
+(shows the leakage). Suite "several": three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
 object that the model never saw, taught by a LoRA. Where the JSON file has rows already that were measured with the same
 weights and settings, it goes on from there: after an interruption, with more prompts, or with other rows.
 
@@ -111,7 +111,11 @@ def ways(backbone: str) -> dict[str, Way | None]:
     if RULE[backbone]:
         found["geometric, calibrated"] = Way(load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors"), settings)
     trained = dataclasses.replace(settings, **STEERING_LEARNED[backbone])
-    return found | {name: Way(classifier, trained) for name, classifier in classifiers(backbone).items()}
+    found |= {name: Way(classifier, trained) for name, classifier in classifiers(backbone).items()}
+    if "learned" in found and trained.compactness:
+        alone = dataclasses.replace(trained, compactness=0.0)
+        found["learned, its loss alone"] = Way(found["learned"].classifier, alone)
+    return found
 
 
 SUITES = ("main", "several", "held-out", "personalised")
@@ -128,7 +132,7 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
     three = ("unsteered", "geometric", "geometric, calibrated", "learned")
     if name == "main":
         return rows(("unsteered", "geometric", "geometric, calibrated", "random direction", "learned",
-                     "learned, true captions only"),
+                     "learned, its loss alone", "learned, true captions only"),
                     scenes.two_object_prompts(count, nouns=nouns), "one relation")
     if name == "several":
         return [row for objects, relations in sorted(scenes.MULTI_FORMS) for row in

@@ -65,7 +65,7 @@ The fresh noise of an ancestral sampler mends what a small model got wrong in ea
 STEERING: dict[str, dict[str, float]] = {
     "unet": {}, "flux": {"end": 0.6, "step_size": 5.0, "stop_probability": 0.97, "compactness": 1.5}}
 """By backbone: where workflows and benchmarks steer with other settings than the defaults (names of SteeringSettings)."""
-STEERING_LEARNED: dict[str, dict[str, float]] = dict.fromkeys(SAMPLING, {"compactness": 0.0})
+STEERING_LEARNED: dict[str, dict[str, float]] = {"unet": {}, "flux": {"compactness": 0.0}}
 """By backbone: what differs from STEERING with a trained classifier."""
 
 RULE: dict[str, str | None] = {"unet": None, "flux": "toyworld_flux_geometric"}
