@@ -1,6 +1,7 @@
 """Which channels know where things are: weights for the geometric classifier, measured on labelled maps.
 
-Not in the paper. A few dozen labelled pictures are enough, since there is one number to find for each layer and head.
+Not in the paper. There is one number to find for each layer and head: with forty pictures the small FLUX's rule is right
+nearly as often as with two thousand.
 """
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ def agreement(data: Data, items: Sequence[Item]) -> Tensor:
     return right / len(items)
 
 
-def channel_weights(agreement: Tensor, pictures: int) -> Tensor:
+def channel_weights(agreed: Tensor, pictures: int) -> Tensor:
     """[C], summing to 1: the square of how far a channel is above chance, less what `pictures` make of chance alone.
 
-    Raises TrainingError where no channel is above chance.
+    agreed: [C], of `agreement`. Raises TrainingError where no channel is above chance.
     """
-    edge = (2 * agreement - 1 - 2 * pictures ** -0.5).clamp(min=0)
+    edge = (2 * agreed - 1 - 2 * pictures ** -0.5).clamp(min=0)
     if not edge.any():
         raise TrainingError(f"No channel is right more often than chance on {pictures} pictures. Build the dataset with more "
                             "pictures, or record later steps.")
