@@ -5,9 +5,10 @@
 Suite "main", one relation: unsteered; geometric; calibrated (its channels weighted for this model, where such a file is
 shipped); random (moves of the same length in random directions: shows that it is the gradient); learned; its loss alone
 (without the term that keeps objects in one place, where the model's settings have it); learned without wrong captions
-(shows the leakage). Suite "several": three to five objects. Suite "held-out": objects that the classifier never saw in training. Suite "personalised": an
-object that the model never saw, taught by a LoRA. Where the JSON file has rows already that were measured with the same
-weights and settings, it goes on from there: after an interruption, with more prompts, or with other rows.
+(shows the leakage). Suite "several": three to five objects. Suite "held-out": objects that the classifier never saw in
+training. Suite "personalised": an object that the model never saw, taught by a LoRA. Where the JSON file has rows already
+that were measured with the same weights and settings, it goes on from there: after an interruption, with more prompts, or
+with other rows.
 
 With --grid it compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the
 reported ones, and --plot draws accuracy against gradient evaluations:
