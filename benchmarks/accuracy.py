@@ -103,6 +103,11 @@ def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
     return {name: load_classifier(path) for name, path in classifier_files(backbone).items() if path.is_file()}
 
 
+def rule(backbone: str) -> GeometricClassifier:
+    """The geometric rule of the examples: calibrated to this model where such a file is shipped."""
+    return load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors") if RULE[backbone] else GeometricClassifier()
+
+
 def ways(backbone: str) -> dict[str, Way | None]:
     """How to steer, by row name; only what is there."""
     settings = SteeringSettings(**STEERING[backbone])
@@ -110,7 +115,7 @@ def ways(backbone: str) -> dict[str, Way | None]:
              "geometric": Way(GeometricClassifier(), settings),
              "random direction": Way(GeometricClassifier(), settings, random_move)}
     if RULE[backbone]:
-        found["geometric, calibrated"] = Way(load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors"), settings)
+        found["geometric, calibrated"] = Way(rule(backbone), settings)
     trained = dataclasses.replace(settings, **STEERING_LEARNED[backbone])
     found |= {name: Way(classifier, trained) for name, classifier in classifiers(backbone).items()}
     if "learned" in found and trained.compactness:
@@ -157,8 +162,8 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
     rows = []
     for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
-        rule = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
-        way = Way(learned or GeometricClassifier(GeometricSettings(**rule)), dataclasses.replace(usual, **steering))
+        geometry = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
+        way = Way(learned or GeometricClassifier(GeometricSettings(**geometry)), dataclasses.replace(usual, **steering))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination), way, prompts, group))
     return rows
 
@@ -239,7 +244,7 @@ def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
         else:
             for name, weight in sorted(classifier.network.state_dict().items()):
                 found.update(name.encode() + weight.numpy().tobytes())
-        if getattr(classifier, "channel_weights", None) is not None:
+        if classifier.channel_weights is not None:
             found.update(classifier.channel_weights.numpy().tobytes())
     return found.hexdigest()[:16]
 

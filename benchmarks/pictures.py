@@ -16,18 +16,16 @@ from standalone import load_pack
 
 load_pack()
 
-from learn_to_steer.classifiers.checkpoint import load_classifier  # noqa: E402
-from learn_to_steer.classifiers.geometric import GeometricClassifier  # noqa: E402
 from learn_to_steer.steering.optimizer import SteeringSettings  # noqa: E402
 from learn_to_steer.steering.relations import build_graph  # noqa: E402
 from learn_to_steer.steering.sampling import Steering  # noqa: E402
 from learn_to_steer.toyworld import models  # noqa: E402
-from learn_to_steer.toyworld.config import RULE, SAMPLING, STEERING  # noqa: E402
+from learn_to_steer.toyworld.config import SAMPLING, STEERING  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from workflows import small_world  # noqa: E402
 
-from .accuracy import SHIPPED, sample_picture  # noqa: E402
+from .accuracy import rule, sample_picture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_PARTS = ("unsteered", "steered", "attention_steered", "probability")
@@ -60,8 +58,7 @@ def thumbnail(backbone: str, prompt: str, seed: int) -> Image.Image:
     """The same prompt and seed without and with steering."""
     world, pictures = models.LOADERS[backbone](), []
     settings = SteeringSettings(**STEERING[backbone])
-    rule = load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors") if RULE[backbone] else GeometricClassifier()
-    for steering in (None, Steering(build_graph(prompt), rule, settings)):
+    for steering in (None, Steering(build_graph(prompt), rule(backbone), settings)):
         image = sample_picture(world, prompt, seed, SAMPLING[backbone], steering).image
         pixels = (image.clamp(0, 1) * 255).round().byte().numpy()
         pictures.append(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.NEAREST))

@@ -53,13 +53,14 @@ class MapLayout:
 class RelationClassifier(Protocol):
     """What the optimizer sees of a classifier.
 
-    It may also have `channel_weights`, [C]: how well each channel knows where its word's object is, for the term that
-    keeps an object in one place. Without them all channels count alike there.
+    channel_weights: [C], how well each channel knows where its word's object is, for the term that keeps an object in one
+    place; None: all channels count alike there.
     """
 
     name: str
     relations: tuple[str, ...]
     layout: MapLayout
+    channel_weights: Tensor | None = None
 
     def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
         """Logits over `relations`, differentiable with respect to the maps.
@@ -77,16 +78,6 @@ class RelationClassifier(Protocol):
 def working_dtype(maps: Tensor) -> torch.dtype:
     """Precision for computing on maps: float64 stays (gradient checks), everything else is float32."""
     return torch.float64 if maps.dtype == torch.float64 else torch.float32
-
-
-def checked_weights(weights: Tensor, name: str) -> Tensor:
-    """Channel weights [C] of classifier `name` as an ordinary tensor. ClassifierError unless 0 or more and not all 0."""
-    with torch.inference_mode(False):
-        weights = weights.detach().float().clone()
-    if not (weights.ndim == 1 and weights.isfinite().all() and (weights >= 0).all() and weights.any()):
-        raise ClassifierError(f"Classifier {name!r}: channel weights must be a list of numbers of 0 or more, not all 0. "
-                              "Calibrate it on more labelled pictures.")
-    return weights
 
 
 def check_layout(classifier: RelationClassifier, channels: int, backbone: str) -> None:

@@ -114,11 +114,10 @@ def _check_file(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
-    name = path.stem
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError, ValueError) as error:
         raise ClassifierError(f"the file is cut off or not a safetensors file ({error}). Copy or download it "
                               "again.") from error
@@ -133,7 +132,7 @@ def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
                                   f"{FORMAT_VERSION}). Update the node pack.")
         known = {field.name for field in fields(MapLayout)}
         if description.get("kind") == GEOMETRIC:
-            return _geometric(description, weights, name)
+            return _geometric(description, weights, path.stem)
         return ClassifierFile(
             config=NetworkConfig.from_dict(description["config"]), input_channels=int(description["input_channels"]),
             relations=tuple(map(str, description["relations"])),

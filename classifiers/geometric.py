@@ -17,18 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import (
-    ABOVE,
-    BELOW,
-    LEFT,
-    RIGHT,
-    ClassifierError,
-    MapLayout,
-    RelationClassifier,
-    check_maps,
-    checked_weights,
-    working_dtype,
-)
+from .base import ABOVE, BELOW, LEFT, RIGHT, ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
 
 # (x, y) direction in which the subject lies from the object
 DIRECTIONS = {
@@ -110,7 +99,7 @@ class GeometricClassifier(RelationClassifier):
         self.relations = tuple(DIRECTIONS)
         self.settings = settings or GeometricSettings()
         self.training, self.licence = dict(training or {}), licence
-        self.channel_weights = None if channel_weights is None else checked_weights(channel_weights, name)
+        self.channel_weights = None if channel_weights is None else _checked(channel_weights, name)
         channels = None if channel_weights is None else len(channel_weights)
         self.layout = MapLayout(size=size, normalise="always", channels=channels, backbone=backbone)
 
@@ -125,6 +114,16 @@ class GeometricClassifier(RelationClassifier):
     def to(self, device: torch.device | str) -> GeometricClassifier:
         """Itself: what little there is to move is moved where it is used."""
         return self
+
+
+def _checked(weights: Tensor, name: str) -> Tensor:
+    """Channel weights [C] of classifier `name` as an ordinary tensor. ClassifierError unless 0 or more and not all 0."""
+    with torch.inference_mode(False):
+        weights = weights.detach().float().clone()
+    if not (weights.ndim == 1 and weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        raise ClassifierError(f"Classifier {name!r}: channel weights must be a list of numbers of 0 or more, not all 0. "
+                              "Calibrate it on more labelled pictures.")
+    return weights
 
 
 def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:

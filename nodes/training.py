@@ -228,7 +228,7 @@ class SaveRelationClassifier(io.ComfyNode):
 
     @classmethod
     def execute(cls, classifier, name: str, overwrite: bool) -> io.NodeOutput:
-        if not hasattr(classifier, "network") and getattr(classifier, "channel_weights", None) is None:
+        if not hasattr(classifier, "network") and classifier.channel_weights is None:
             raise ValueError(f"input 'classifier': {classifier.name} has no weights to save. Connect \"Train Relation "
                              "Classifier\".")
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])

@@ -44,7 +44,7 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
     check_layout(classifier, maps.channels, backbone)
     stack = maps.stack(classifier.layout.size, classifier.layout.normalise)  # [B, words, channels, size, size]
     when = torch.full((stack.shape[0],), progress, device=stack.device, dtype=stack.dtype)
-    weights = getattr(classifier, "channel_weights", None)
+    weights = classifier.channel_weights
     losses, probabilities, spreads = [], [], []
     for relation in relations:
         subject = stack[:, maps.phrases.index(relation.subject)]

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import nn  # noqa: E402
 
 from .models import WEIGHTS, build_transform, part, read_weights  # noqa: E402
 from .recipes import UNetRecipe, draw_batch  # noqa: E402
-from .scenes import EXTRA_NOUNS, NOUNS  # noqa: E402
+from .scenes import EXTRA_NOUNS  # noqa: E402
 from .text import WordTokenizer  # noqa: E402
 
 BATCH = 64
@@ -85,11 +86,11 @@ def train(noun: str, minutes: float, rank: int, seed: int, weights: Path) -> dic
     recipe.unet = Adapted(recipe.unet, low_rank)
     transform = build_transform(tensors)
     optimizer = torch.optim.AdamW(low_rank.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    layout = replace(recipe.layout, nouns=(*recipe.layout.nouns, noun))
     generator, rng = torch.Generator().manual_seed(seed + 1), np.random.default_rng(seed + 2)
     began, step = time.monotonic(), 0
     while (progress := (time.monotonic() - began) / (60 * minutes)) < 1:
-        batch = draw_batch(rng, BATCH, recipe.layout, transform, tokenizer, nouns=NOUNS + (noun,),
-                           featured=noun, share=NEW_SHARE)
+        batch = draw_batch(rng, BATCH, layout, transform, tokenizer, featured=noun, share=NEW_SHARE)
         loss = recipe.loss(batch, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

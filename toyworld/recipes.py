@@ -58,12 +58,11 @@ class Batch:
 
 
 def draw_batch(rng: np.random.Generator, size: int, layout: Layout, transform: PatchTransform,
-               tokenizer: WordTokenizer, nouns: tuple[str, ...] | None = None, featured: str | None = None,
-               share: float = 0.0) -> Batch:
+               tokenizer: WordTokenizer, featured: str | None = None, share: float = 0.0) -> Batch:
     """`size` new random scenes, a `share` of them with the `featured` noun; a tenth of the captions is empty."""
     scenes = []
     while len(scenes) < size:
-        scene = random_scene(rng, nouns=nouns, layout=layout)
+        scene = random_scene(rng, layout=layout)
         if len(scenes) >= share * size or featured in {item.noun for item in scene.objects}:
             scenes.append(scene)
     captions = ["" if rng.random() < EMPTY_CAPTIONS else scene.caption for scene in scenes]

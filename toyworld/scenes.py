@@ -236,11 +236,9 @@ def _caption(rng: np.random.Generator, objects: tuple[PlacedObject, ...]) -> str
     return f"a photo of {text}" if rng.random() < 0.3 else text
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None, nouns: tuple[str, ...] | None = None,
-                 layout: Layout = UNET_LAYOUT) -> Scene:
-    """A random scene of `count` different objects out of `nouns` (the layout's); without a count as in training (1 to 5,
-    mostly 2)."""
-    nouns = nouns or layout.nouns
+def random_scene(rng: np.random.Generator, count: int | None = None, layout: Layout = UNET_LAYOUT) -> Scene:
+    """A random scene of `count` different objects; without a count as in training (1 to 5, mostly 2)."""
+    nouns = layout.nouns
     if count is None:
         draw = rng.random()
         count = 1 if draw < 0.08 else 2 if draw < 0.88 else int(rng.integers(3, 6))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..classifiers.geometric import DIRECTIONS, GeometricClassifier, locate
+from ..classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate
 from ..steering.predicates import RELATIONS
 from .dataset import RelationDataset
 from .evaluation import BATCH, Evaluation, Item, evaluate
@@ -27,7 +27,7 @@ def agreement(data: Data, items: Sequence[Item]) -> Tensor:
     for first in range(0, len(items), BATCH):
         subject, other, _, truth = data.batch(items[first:first + BATCH], _CPU)
         channels = subject.shape[1]
-        offsets = [locate(maps.flatten(0, 1)[:, None], GeometricClassifier().settings.sharpness).centre.view(-1, channels, 2)
+        offsets = [locate(maps.flatten(0, 1)[:, None], GeometricSettings.sharpness).centre.view(-1, channels, 2)
                    for maps in (subject, other)]
         along = ((offsets[0] - offsets[1]) * _AXES[truth][:, None]).sum(-1)
         right = right + (along > 0).float().sum(0) + 0.5 * (along == 0).float().sum(0)
@@ -46,7 +46,7 @@ def channel_weights(agreed: Tensor, pictures: int) -> Tensor:
     return edge.square() / edge.square().sum()
 
 
-def calibrate(datasets: Sequence[RelationDataset], name: str = "") -> GeometricClassifier:
+def calibrate(datasets: Sequence[RelationDataset], name: str = "geometric") -> GeometricClassifier:
     """A geometric classifier for the datasets' model, weighted by the training split.
 
     Its `training` has the accuracy on the test split (validation where there is none), also with all channels alike.
@@ -57,18 +57,14 @@ def calibrate(datasets: Sequence[RelationDataset], name: str = "") -> GeometricC
         raise TrainingError("The dataset has no samples in its train split. Build it with pictures for training.")
     pictures = len({sample.picture for sample in train.samples})
     weights = channel_weights(agreement(train, train.items()), pictures)
-    split = "test"
-    test = read_split(datasets, split, steps.timesteps)
-    if not test.samples:
-        split = "validation"
-        test = read_split(datasets, split, steps.timesteps)
-    plain = GeometricClassifier(size=layout.size)
-    tuned = GeometricClassifier(size=layout.size, channel_weights=weights, name=name or "geometric", backbone=layout.backbone)
-    results = {f"{split}{label}": _evaluate(classifier, test).summary()
-               for label, classifier in (("", tuned), (", all channels alike", plain)) if test.samples}
-    return GeometricClassifier(
-        size=layout.size, channel_weights=weights, name=tuned.name, backbone=layout.backbone, licence=licence,
-        training={"pictures": pictures, "channels_used": int((weights > 0).sum()), "results": results})
+    rule = GeometricClassifier(size=layout.size, channel_weights=weights, name=name, backbone=layout.backbone, licence=licence)
+    test = {split: read_split(datasets, split, steps.timesteps) for split in ("test", "validation")}
+    split = "test" if test["test"].samples else "validation"
+    alike = GeometricClassifier(size=layout.size)
+    results = {f"{split}{label}": _evaluate(classifier, test[split]).summary()
+               for label, classifier in (("", rule), (", all channels alike", alike)) if test[split].samples}
+    rule.training = {"pictures": pictures, "channels_used": int((weights > 0).sum()), "results": results}
+    return rule
 
 
 def _evaluate(classifier: GeometricClassifier, data: Data) -> Evaluation:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from .models import load_models
 from .small_world import small_world_source
 from .sources import SPLITS, Quota, Source, read_folder
 from .storage import TrainingError
-from .trainer import TrainingProgress, TrainingRun, TrainingSettings
+from .trainer import CLASSIFIER_FILE, TrainingProgress, TrainingRun, TrainingSettings
 
 SOURCES = ("drawn", "generated", "folder", "gqa")
 BAR = 30
@@ -91,7 +92,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, help="folder for state, charts and classifier")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="dataset folders")
     parser.add_argument("--name", default="", help="name of the classifier (default: the folder's)")
-    parser.add_argument("--save", type=Path, help="write the finished classifier to this .safetensors file")
+    parser.add_argument("--save", type=Path, help="copy the finished classifier to this .safetensors file")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -177,7 +178,7 @@ def train(given: argparse.Namespace) -> None:
     _print_results(classifier.training)
     if given.save:
         given.save.parent.mkdir(parents=True, exist_ok=True)
-        save_classifier(given.save, classifier)
+        shutil.copyfile(given.run_folder / CLASSIFIER_FILE, given.save)
         print(f"saved {given.save}")
 
 

@@ -1,18 +1,21 @@
 """The detector finds every object of the generator, nothing else, and judges relations by GenEval's rule."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
 
 from toyworld.detector import THRESHOLD, Detection, detect, fit_background, judge, judge_relations
-from toyworld.scenes import EXTRA_NOUNS, NOUNS, PlacedObject, Scene, background, random_scene, render, sprite
+from toyworld.scenes import EXTRA_NOUNS, NOUNS, UNET_LAYOUT, PlacedObject, Scene, background, random_scene, render, sprite
 
 
 def draw(count: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng(seed)
-    return [random_scene(rng, nouns=NOUNS + EXTRA_NOUNS) for _ in range(count)]
+    layout = replace(UNET_LAYOUT, nouns=NOUNS + EXTRA_NOUNS)
+    return [random_scene(rng, layout=layout) for _ in range(count)]
 
 
 def compare(scenes: list[Scene], images: np.ndarray, threshold: float = THRESHOLD) -> tuple[int, int, list[float]]:
