@@ -13,8 +13,9 @@ with other rows.
 With --grid it compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the
 reported ones, and --plot draws accuracy against gradient evaluations:
 
-    python dev.py bench accuracy --prompts 20 --learned classifiers/weights/toyworld_unet.safetensors --one-by-one --grid
-        max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48 step_size=1.25,2.5,5 --plot docs/trade_off.png
+    python dev.py bench accuracy --prompts 25 --pictures 8 --learned classifiers/weights/toyworld_unet.safetensors
+        --one-by-one --grid max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48
+        step_size=1.25,2.5,5 --plot docs/trade_off_unet.png
 """
 from __future__ import annotations
 
@@ -80,13 +81,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA."""
+    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA, pictures a prompt."""
 
     name: str
     steering: Way | None
     prompts: list
     group: str = "one relation"
     lora: Path | None = None
+    pictures: int = 1
 
 
 def classifier_files(backbone: str) -> dict[str, Path]:
@@ -125,7 +127,7 @@ def ways(backbone: str) -> dict[str, Way | None]:
 
 
 SUITES = ("main", "several", "held-out", "personalised")
-LORA, LORA_NOUN = ROOT / "benchmarks" / "weights" / "unet_octopus_lora.safetensors", "octopus"
+LORA_NOUN = "octopus"
 
 
 def suite(name: str, backbone: str, count: int) -> list[Row]:
@@ -148,10 +150,9 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
         prompts = scenes.two_object_prompts(count, nouns=nouns, featured=scenes.HELD_OUT_NOUNS)
         return rows(("unsteered", "learned", "learned without these objects"), prompts,
                     f"with {', '.join(scenes.HELD_OUT_NOUNS)}")
-    if backbone != "unet":
-        return []  # the LoRA is for the UNet
+    lora = ROOT / "benchmarks" / "weights" / f"{backbone}_{LORA_NOUN}_lora.safetensors"
     prompts = scenes.two_object_prompts(count, nouns=(*nouns, LORA_NOUN), featured=(LORA_NOUN,))
-    return rows(three, prompts, f"{LORA_NOUN}, by LoRA", LORA) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
+    return rows(three, prompts, f"{LORA_NOUN}, by LoRA", lora) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
 
 def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: RelationClassifier | None,
@@ -179,36 +180,40 @@ def _parsed(text: str) -> float | int | str:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One picture (float [H, W, 3], 0 to 1), how many gradients were evaluated for it, and the seconds of sampling alone."""
+    """Pictures of one prompt (float [B, H, W, 3], 0 to 1), how many gradients were evaluated for each, and the seconds of
+    sampling alone, a picture."""
 
-    image: torch.Tensor
-    gradients: int
+    images: torch.Tensor
+    gradients: list[int]
     seconds: float
 
 
-def sample_picture(world: tuple, prompt: str, seed: int, protocol: Sampling, steering: Steering | None) -> Sampled:
-    """Samples the prompt with an empty negative one through the host, steered or not."""
+def sample_prompt(world: tuple, prompt: str, seed: int, protocol: Sampling, steering: Steering | None,
+                  pictures: int = 1) -> Sampled:
+    """Samples the prompt with an empty negative one through the host, steered or not, as one batch."""
     model, clip, vae = world
     channels = model.get_model_object("latent_format").latent_channels
-    latent = torch.zeros(1, channels, 16, 16)
+    latent = torch.zeros(pictures, channels, 16, 16)
     positive, negative = encode_prompt(clip, prompt), encode_prompt(clip, "")
     patched, runs = (model, None) if steering is None else apply_steering(model, steering)
     began = time.perf_counter()
     samples = comfy.sample.sample(patched, comfy.sample.prepare_noise(latent, seed), protocol.steps, protocol.cfg,
                                   protocol.sampler, protocol.scheduler, positive, negative, latent, seed=seed,
                                   disable_pbar=True)
-    seconds = time.perf_counter() - began
-    gradients = 0 if runs is None else runs.last.report.gradient_evaluations
-    return Sampled(vae.decode(samples)[0], gradients, seconds)
+    seconds = (time.perf_counter() - began) / pictures
+    records = [] if runs is None else [r for r in runs.last.report.records if r.gradient_norm is not None]
+    # in a batch a picture that is as wanted waits for the others: the gradients of its waiting are not its own
+    gradients = [len(records) if pictures == 1 else sum(r.moved[picture] for r in records) for picture in range(pictures)]
+    return Sampled(vae.decode(samples), gradients, seconds)
 
 
 AVERAGES = ("both_present", "clean", "relation_correct", "exact", "gradient_evaluations", "seconds")
 EVERY = 10
-"""Pictures between two savings."""
+"""Prompts between two savings."""
 
 
 def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = None) -> Iterator[dict]:
-    """One row of the table, every few pictures anew, the last time for all its prompts. Picture k has seed k.
+    """One row of the table, every few prompts anew, the last time for all of them. Prompt k has seed k.
 
     before: what this function gave for the first prompts of the row in an earlier run.
     """
@@ -221,12 +226,12 @@ def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = No
         wanted = [(r.subject, " and ".join(r.predicates), r.object) for r in graph.relations]
         assert sorted(wanted) == sorted(prompt.relations), (wanted, prompt.relations)
         steering = None if row.steering is None else row.steering(graph)
-        sampled = sample_picture((model, clip, vae), prompt.text, seed, protocol, steering)
-        verdict = judge_relations(detect(sampled.image[None])[0], wanted)
-        sums += [verdict.all_present, verdict.clean, np.mean(verdict.relations), verdict.exact, sampled.gradients,
-                 sampled.seconds]
+        sampled = sample_prompt((model, clip, vae), prompt.text, seed, protocol, steering, row.pictures)
+        verdicts = [judge_relations(found, wanted) for found in detect(sampled.images)]
+        sums += np.mean([[verdict.all_present, verdict.clean, np.mean(verdict.relations), verdict.exact, gradients,
+                          sampled.seconds] for verdict, gradients in zip(verdicts, sampled.gradients, strict=True)], axis=0)
         if (seed + 1) % EVERY == 0 or seed + 1 == len(row.prompts):
-            yield {"name": row.name, "group": row.group, "prompts": seed + 1,
+            yield {"name": row.name, "group": row.group, "prompts": seed + 1, "pictures": row.pictures,
                    **dict(zip(AVERAGES, (sums / (seed + 1)).tolist(), strict=True))}
 
 
@@ -236,6 +241,8 @@ def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
     found.update(repr((protocol, row.prompts[0])).encode())
     if row.lora is not None:
         found.update(row.lora.read_bytes())
+    if row.pictures > 1:
+        found.update(repr(row.pictures).encode())
     if row.steering is not None:
         classifier = row.steering.classifier
         found.update(repr((row.steering.settings, row.steering.move.__name__, classifier.name)).encode())
@@ -259,6 +266,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=sorted(SAMPLING), default="unet")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=["main"])
+    parser.add_argument("--pictures", type=int, default=1, help="a prompt, sampled as one batch (faster)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--cfg", type=float, help="another guidance scale than the protocol's")
     parser.add_argument("--grid", nargs="+", metavar="NAME=V,V", help="compare settings on the prompts for tuning")
@@ -286,6 +294,7 @@ def main() -> None:
     else:
         rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
                 if not arguments.rows or row.name in arguments.rows]
+    rows = [dataclasses.replace(row, pictures=arguments.pictures) for row in rows]
     result = begin(arguments.json, {
         "machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
         "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(usual), "rows": []})

@@ -25,7 +25,7 @@ from PIL import Image  # noqa: E402
 
 from workflows import small_world  # noqa: E402
 
-from .accuracy import rule, sample_picture  # noqa: E402
+from .accuracy import rule, sample_prompt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_PARTS = ("unsteered", "steered", "attention_steered", "probability")
@@ -59,7 +59,7 @@ def thumbnail(backbone: str, prompt: str, seed: int) -> Image.Image:
     world, pictures = models.LOADERS[backbone](), []
     settings = SteeringSettings(**STEERING[backbone])
     for steering in (None, Steering(build_graph(prompt), rule(backbone), settings)):
-        image = sample_picture(world, prompt, seed, SAMPLING[backbone], steering).image
+        image = sample_prompt(world, prompt, seed, SAMPLING[backbone], steering).images[0]
         pixels = (image.clamp(0, 1) * 255).round().byte().numpy()
         pictures.append(Image.fromarray(pixels).resize((THUMBNAIL, THUMBNAIL), Image.NEAREST))
     return beside(pictures, GAP)

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from the JSON files in benchmarks/results: no figure there is typed by hand.
+"""Writes the measured tables of README.md and docs/measurements.md from benchmarks/results: none is typed by hand.
 
     python dev.py run -m benchmarks.readme [--check]
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, MEASUREMENTS = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SHARES = ("both_present", "clean", "relation_correct", "exact")
 
@@ -27,8 +27,10 @@ def accuracy_table(content: dict) -> str:
     protocol = content["protocol"]
     counts = [row["prompts"] for row in content["rows"]]
     few_to_many = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    pictures = max(row.get("pictures", 1) for row in content["rows"])
+    each = f"{pictures} pictures" if pictures > 1 else "one picture"
     said = (f"\n\n{few_to_many} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
-            f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, one picture a prompt. "
+            f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, {each} a prompt. "
             f"Measured on: {content['machine']}.")
     return head + "\n".join(lines) + said
 
@@ -61,21 +63,26 @@ def blocks(path: Path) -> dict[str, str]:
     return tables
 
 
+def tables() -> dict[str, str]:
+    """All of them, by the name of their markers."""
+    return {name: table for path in sorted(RESULTS.glob("*.json")) for name, table in blocks(path).items()}
+
+
 def filled(text: str) -> str:
-    """README's text with the block between each pair of markers made anew; a block without a result stays."""
-    for path in sorted(RESULTS.glob("*.json")):
-        for name, table in blocks(path).items():
-            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-            if begin in text:
-                text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
+    """The text with the block between each pair of markers made anew; a block without a result stays."""
+    for name, table in tables().items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
     return text
 
 
 def main() -> int:
-    now = README.read_text(encoding="utf-8")
+    found = {path: path.read_text(encoding="utf-8") for path in (README, MEASUREMENTS)}
     if "--check" in sys.argv:
-        return int(filled(now) != now)
-    README.write_text(filled(now), encoding="utf-8")
+        return int(any(filled(text) != text for text in found.values()))
+    for path, text in found.items():
+        path.write_text(filled(text), encoding="utf-8")
     return 0
 
 

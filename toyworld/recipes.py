@@ -102,15 +102,24 @@ class UNetRecipe:
     adds_in_place = False
 
     def __init__(self, tokenizer: WordTokenizer) -> None:
-        self.unet = openaimodel.UNetModel(**UNET_CONFIG, operations=comfy.ops.disable_weight_init)
-        initialise(self.unet)
-        for layer in self.unet.modules():
+        self.network = openaimodel.UNetModel(**UNET_CONFIG, operations=comfy.ops.disable_weight_init)
+        initialise(self.network)
+        for layer in self.network.modules():
             if isinstance(layer, openaimodel.ResBlock):
                 nn.init.zeros_(layer.out_layers[-1].weight)
-        nn.init.zeros_(self.unet.out[-1].weight)
+        nn.init.zeros_(self.network.out[-1].weight)
         self.text = TextTransformer(len(tokenizer.ids))
-        self.modules = nn.ModuleDict({"unet": self.unet, "text": self.text})
+        self.modules = nn.ModuleDict({"unet": self.network, "text": self.text})
         self.sigmas = comfy.model_sampling.ModelSamplingDiscrete(**UNET_SAMPLING).sigmas
+
+    @staticmethod
+    def adaptable(name: str, layer: nn.Module) -> bool:
+        """Whether a LoRA adapts the layer: the transformers', and the convolutions of the residual blocks.
+
+        Layers in the transformers alone place an object but hardly learn what it looks like.
+        """
+        return (isinstance(layer, nn.Linear) and "transformer_blocks" in name
+                or isinstance(layer, nn.Conv2d) and name.endswith(("in_layers.2", "out_layers.3")))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("embedding", "time_embed", "emb_layers", "unet.input_blocks.0.0", "unet.out.")
@@ -131,7 +140,7 @@ class UNetRecipe:
         with mixed_precision():
             context = self.text(batch.rows)
             options = {"optimized_attention_override": plain_attention}
-            predicted = self.unet(noisy, steps.float(), context=context, transformer_options=options)
+            predicted = self.network(noisy, steps.float(), context=context, transformer_options=options)
         return (predicted.float() - velocity).square().mean()
 
 
@@ -148,24 +157,29 @@ class FluxRecipe:
     adds_in_place = True  # the host's blocks do, on tensors that autograd keeps
 
     def __init__(self, tokenizer: WordTokenizer, text_weights: dict[str, torch.Tensor]) -> None:
-        self.flux = comfy.ldm.flux.model.Flux(**FLUX_CONFIG, operations=comfy.ops.disable_weight_init)
-        initialise(self.flux)
-        for layer in self.flux.modules():
+        self.network = comfy.ldm.flux.model.Flux(**FLUX_CONFIG, operations=comfy.ops.disable_weight_init)
+        initialise(self.network)
+        for layer in self.network.modules():
             if isinstance(layer, comfy.ldm.flux.layers.Modulation):
                 nn.init.zeros_(layer.lin.weight)
                 nn.init.zeros_(layer.lin.bias)
-        for layer in (self.flux.final_layer.adaLN_modulation[1], self.flux.final_layer.linear):
+        for layer in (self.network.final_layer.adaLN_modulation[1], self.network.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.text = TextTransformer(len(tokenizer.ids))
         self.text.load_state_dict(text_weights)
         self.text.requires_grad_(False)
         self.end = tokenizer.ids.index(END)
-        self.modules = nn.ModuleDict({"flux": self.flux, "text": self.text})
+        self.modules = nn.ModuleDict({"flux": self.network, "text": self.text})
+
+    @staticmethod
+    def adaptable(name: str, layer: nn.Module) -> bool:
+        """Whether a LoRA adapts the layer: those of the blocks but the modulation, and the text's way in."""
+        return isinstance(layer, nn.Linear) and (name == "txt_in" or "_blocks." in name and "mod" not in name)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("mod", "img_in", "txt_in", "time_in", "vector_in", "final_layer")
-        return split_optimizers(self.flux, self.peak_rates, outside, fast_dtype())
+        return split_optimizers(self.network, self.peak_rates, outside, fast_dtype())
 
     def loss(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         size = batch.latents.shape[0]
@@ -182,7 +196,7 @@ class FluxRecipe:
         comfy.model_management.in_training = True  # the host's fast rotary embedding has no gradient
         try:
             with mixed_precision():
-                predicted = self.flux(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled,
+                predicted = self.network(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled,
                                       transformer_options={"optimized_attention_override": plain_attention})
         finally:
             comfy.model_management.in_training = training

@@ -27,9 +27,9 @@ import comfy.latent_formats  # noqa: E402  (the host must be on the path first)
 
 from .config import FLUX_PREFIX  # noqa: E402
 from .export import export  # noqa: E402
-from .latent import fit_patch_transform  # noqa: E402
+from .latent import PatchTransform, fit_patch_transform  # noqa: E402
 from .models import WEIGHTS, build_transform, part, read_summary, read_weights  # noqa: E402
-from .recipes import FluxRecipe, UNetRecipe, draw_batch  # noqa: E402
+from .recipes import Batch, FluxRecipe, UNetRecipe, draw_batch  # noqa: E402
 from .text import WordTokenizer  # noqa: E402
 
 MODELS = ("unet", "flux")
@@ -74,6 +74,28 @@ def build_recipe(name: str, tokenizer: WordTokenizer) -> UNetRecipe | FluxRecipe
     return FluxRecipe(tokenizer, {key: value.float() for key, value in weights.items()})
 
 
+def restore(recipe: UNetRecipe | FluxRecipe, path: Path) -> PatchTransform:
+    """Puts an exported file's weights into the recipe; the transform between pictures and the latents it trains on."""
+    name, tensors = recipe.name, read_weights(path, recipe.name)
+    weights = {f"{name}.{key}": value for key, value in
+               part(tensors, FLUX_PREFIX if name == "flux" else f"{name}.").items()}
+    weights |= {f"text.{key}": value for key, value in part(tensors, "text.").items()}
+    recipe.modules.load_state_dict({key: value.float() for key, value in weights.items()})
+    transform = build_transform(tensors)
+    if name == "flux":
+        host = comfy.latent_formats.Flux()
+        transform = transform.restored(host.scale_factor, host.shift_factor)
+    return transform
+
+
+def loss_and_gradients(recipe: UNetRecipe | FluxRecipe, batch: Batch, generator: torch.Generator) -> float:
+    """The loss of one batch; its gradients are then in the parameters."""
+    with mutation_of_saved_tensors() if recipe.adds_in_place else nullcontext():
+        loss = recipe.loss(batch, generator)
+        loss.backward()
+    return float(loss.detach())
+
+
 class Run:
     """One training run: the recipe, its optimiser, the averaged weights, and the state on disk."""
 
@@ -96,9 +118,7 @@ class Run:
         started = time.monotonic()
         batch = draw_batch(self.rng, BATCH, self.recipe.layout, self.transform, self.tokenizer)
         self.recipe.modules.zero_grad(set_to_none=True)
-        with mutation_of_saved_tensors() if self.recipe.adds_in_place else nullcontext():
-            loss = self.recipe.loss(batch, self.generator)
-            loss.backward()
+        loss = loss_and_gradients(self.recipe, batch, self.generator)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, peak in zip(self.optimizers, self.recipe.peak_rates, strict=True):
             for group in optimizer.param_groups:
@@ -109,7 +129,7 @@ class Run:
         state = self.recipe.modules.state_dict()
         torch._foreach_lerp_(list(self.average.values()), [state[key] for key in self.average], 1 - decay)
         self.clock.seconds += time.monotonic() - started
-        return float(loss.detach())
+        return loss
 
     def save(self) -> None:
         """State and export, each written aside and then moved into place, so that a kill leaves the old ones whole."""
@@ -130,17 +150,9 @@ class Run:
 
         The file's latents are scaled to the recipe's deviation.
         """
-        name = self.recipe.name
-        tensors, self.origin = read_weights(path, name), read_summary(path)
-        prefix = FLUX_PREFIX if name == "flux" else f"{name}."
-        weights = {f"{name}.{key}": value for key, value in part(tensors, prefix).items()}
-        weights |= {f"text.{key}": value for key, value in part(tensors, "text.").items()}
-        self.recipe.modules.load_state_dict({key: value.float() for key, value in weights.items()})
+        self.origin = read_summary(path)
+        transform = restore(self.recipe, path)
         self.average = {key: value.detach().clone() for key, value in self.recipe.modules.state_dict().items()}
-        transform = build_transform(tensors)
-        if name == "flux":
-            host = comfy.latent_formats.Flux()
-            transform = transform.restored(host.scale_factor, host.shift_factor)
         latents = draw_batch(np.random.default_rng(0), 512, self.recipe.layout, transform, self.tokenizer).latents
         self.transform = transform.rescaled(float(latents.std()) / self.recipe.deviation, 0.0)
 

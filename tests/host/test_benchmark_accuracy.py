@@ -34,12 +34,22 @@ def test_a_row_in_two_parts_is_the_row_in_one(world):
     assert figures(last(world, whole, QUICK, first)) == pytest.approx(figures(last(world, whole, QUICK)))
 
 
+def test_a_batch_counts_each_pictures_own_gradients(world):
+    row = accuracy.suite("main", "unet", 1)[1]
+    early = dataclasses.replace(row.steering, settings=dataclasses.replace(
+        row.steering.settings, stop_probability=0.5, compactness=0.0, end=0.9))
+    sampled = accuracy.sample_prompt(world, row.prompts[0].text, 0, QUICK, early(accuracy.build_graph(row.prompts[0].text)), 6)
+    assert sampled.images.shape[0] == len(sampled.gradients) == 6
+    assert len(set(sampled.gradients)) > 1 and max(sampled.gradients) <= 3 * QUICK.steps
+
+
 def test_only_rows_measured_in_the_same_way_go_on():
     plain, steered = accuracy.suite("main", "unet", 4)[:2]
     shorter = dataclasses.replace(steered.steering, settings=dataclasses.replace(steered.steering.settings, step_size=1.0))
     learned = next(row for row in accuracy.suite("main", "unet", 4) if row.name == "learned")
-    marks = [accuracy.fingerprint(row, "unet", QUICK) for row in (
-        plain, steered, learned, dataclasses.replace(steered, steering=shorter), accuracy.suite("personalised", "unet", 4)[0])]
+    rows = (plain, steered, learned, dataclasses.replace(steered, pictures=2), dataclasses.replace(steered, steering=shorter),
+            accuracy.suite("personalised", "unet", 4)[0])
+    marks = [accuracy.fingerprint(row, "unet", QUICK) for row in rows]
     marks.append(accuracy.fingerprint(plain, "unet", SAMPLING["unet"]))
     assert len(set(marks)) == len(marks)
     assert accuracy.fingerprint(accuracy.suite("main", "unet", 9)[1], "unet", QUICK) == marks[1]  # more prompts go on

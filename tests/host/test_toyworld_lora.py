@@ -1,5 +1,7 @@
-"""The LoRA that teaches the small UNet a new object: an ordinary LoRA file for the host."""
+"""The LoRA that teaches a small model a new object: an ordinary LoRA file for the host."""
 from __future__ import annotations
+
+import pytest
 
 from standalone import prepare_host
 
@@ -10,19 +12,20 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from toyworld import lora  # noqa: E402
-from toyworld.models import WEIGHTS, load_unet_world  # noqa: E402
-from toyworld.recipes import UNetRecipe  # noqa: E402
+from toyworld.models import LOADERS, WEIGHTS  # noqa: E402
 from toyworld.text import WordTokenizer  # noqa: E402
+from toyworld.train import build_recipe  # noqa: E402
 
 
-def test_the_host_loads_what_training_computed(tmp_path):
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_the_host_loads_what_training_computed(kind, tmp_path):
     """Base weight plus up @ down, the same in the training twin and in the host's patched model."""
-    recipe = UNetRecipe(WordTokenizer())
-    model, clip, _ = load_unet_world()
+    recipe = build_recipe(kind, WordTokenizer())
+    model, clip, _ = LOADERS[kind]()
     state = model.model.diffusion_model.state_dict()
-    recipe.unet.load_state_dict(state)
+    recipe.network.load_state_dict(state)
     recipe.modules.requires_grad_(False)
-    low_rank = lora.LowRank(recipe.unet, rank=2)
+    low_rank = lora.LowRank(recipe.network, recipe.adaptable, rank=2)
     with torch.no_grad():
         for up in low_rank.up:
             up.normal_(std=0.1)
@@ -38,8 +41,9 @@ def test_the_host_loads_what_training_computed(tmp_path):
     patched.unpatch_model()
 
 
-def test_training_changes_the_low_rank_matrices():
-    tensors = lora.train("octopus", minutes=0.05, rank=2, seed=0, weights=WEIGHTS / "unet.safetensors")
+@pytest.mark.parametrize("kind", ["unet", "flux"])
+def test_training_changes_the_low_rank_matrices(kind):
+    tensors = lora.train(kind, "octopus", minutes=0.05, rank=2, seed=0, weights=WEIGHTS / f"{kind}.safetensors")
     ups = [tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")]
     assert ups and all(tensor.dtype == torch.float16 for tensor in tensors.values())
     assert any(tensor.abs().max() > 0 for tensor in ups)

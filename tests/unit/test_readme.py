@@ -1,12 +1,21 @@
-"""README shows what was measured: its tables are those of the JSON files, and both commands exist."""
+"""The documents show what was measured: their tables are those of the JSON files, and both commands exist."""
 from __future__ import annotations
 
-from benchmarks.readme import README, RESULTS, filled
+import pytest
+
+from benchmarks.readme import MEASUREMENTS, README, filled, tables
 
 
-def test_tables_are_the_measured_ones():
-    text = README.read_text(encoding="utf-8")
-    assert list(RESULTS.glob("*.json")) and filled(text) == text
+@pytest.mark.parametrize("document", [README, MEASUREMENTS], ids=lambda path: path.name)
+def test_tables_are_the_measured_ones(document):
+    text = document.read_text(encoding="utf-8")
+    assert "<!-- accuracy_unet -->" in text and filled(text) == text
+
+
+def test_every_table_is_shown_and_every_shown_one_was_measured():
+    text = MEASUREMENTS.read_text(encoding="utf-8")
+    shown = {line.strip("<!->/ ") for line in text.splitlines() if line.startswith("<!-- ")}
+    assert shown == set(tables())
 
 
 def test_first_screen_has_the_picture_and_the_commands():
