@@ -114,12 +114,12 @@ class UNetRecipe:
 
     @staticmethod
     def adaptable(name: str, layer: nn.Module) -> bool:
-        """Whether a LoRA adapts the layer: the transformers', and the convolutions of the residual blocks.
+        """Whether a LoRA adapts the layer: all but the first, the last, and those of the noise level.
 
         Layers in the transformers alone place an object but hardly learn what it looks like.
         """
-        return (isinstance(layer, nn.Linear) and "transformer_blocks" in name
-                or isinstance(layer, nn.Conv2d) and name.endswith(("in_layers.2", "out_layers.3")))
+        outside = ("time_embed", "emb_layers", "input_blocks.0.0", "out.")
+        return isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(part in name for part in outside)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         outside = ("embedding", "time_embed", "emb_layers", "unet.input_blocks.0.0", "unet.out.")
