@@ -169,7 +169,9 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
     return rows
 
 
-def _parsed(text: str) -> float | int | str:
+def _parsed(text: str) -> float | int | bool | str:
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)
@@ -265,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=__doc__.split("\n\n")[0])
     parser.add_argument("--backbone", choices=sorted(SAMPLING), default="unet")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=["main"])
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="default: main")
     parser.add_argument("--pictures", type=int, default=1, help="a prompt, sampled as one batch (faster)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--cfg", type=float, help="another guidance scale than the protocol's")
@@ -276,6 +278,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.grid and (arguments.suites or arguments.rows):
+        parser.error("--grid has its own rows and prompts: leave --suites and --rows out")
+    if not arguments.grid and (arguments.learned or arguments.one_by_one or arguments.plot):
+        parser.error("--learned, --one-by-one and --plot belong to --grid")
+    if arguments.learned and any(item.startswith("geometric.") for item in arguments.grid):
+        parser.error("geometric.… settings have no effect on the classifier of --learned: leave one of them out")
+    suites = arguments.suites or ["main"]
     torch.set_num_threads(arguments.threads)
     protocol = SAMPLING[arguments.backbone]
     if arguments.cfg is not None:
@@ -292,13 +301,15 @@ def main() -> None:
         rows = [Row("unsteered", None, prompts, "unsteered" if arguments.one_by_one else "settings")]
         rows += [row for group, grid in grids for row in grid_rows(grid, prompts, usual, learned, group)]
     else:
-        rows = [row for name in arguments.suites for row in suite(name, arguments.backbone, arguments.prompts)
-                if not arguments.rows or row.name in arguments.rows]
+        rows = [row for name in suites for row in suite(name, arguments.backbone, arguments.prompts)]
+        if unknown := set(arguments.rows or ()) - {row.name for row in rows}:
+            parser.error(f"--rows: there is no {', '.join(sorted(unknown))}; known: {', '.join(sorted({r.name for r in rows}))}")
+        rows = [row for row in rows if not arguments.rows or row.name in arguments.rows]
     rows = [dataclasses.replace(row, pictures=arguments.pictures) for row in rows]
     result = begin(arguments.json, {
         "machine": machine(), "backbone": arguments.backbone, "split": "tune" if arguments.grid else "report",
         "protocol": dataclasses.asdict(protocol), "settings": dataclasses.asdict(usual), "rows": []})
-    if not arguments.grid and "main" in arguments.suites:
+    if not arguments.grid and "main" in suites:
         result["classifiers"] = leakage(arguments.backbone)
     print(result["machine"])
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .base import ClassifierError, MapLayout
@@ -64,6 +64,9 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
             if path.suffix.lower() == ".safetensors":
                 content = _read_safetensors(path)
                 if isinstance(content, GeometricClassifier):
+                    if backbone or relations:
+                        raise ClassifierError("this is a calibrated geometric classifier, whose backbone and relations are "
+                                              "fixed. Leave them out.")
                     return content
             else:
                 content = ClassifierFile(**read_published(path, backbone, relations))
@@ -83,7 +86,7 @@ def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | Geo
     description, weights = _described(classifier)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(weights, partial, {METADATA_KEY: json.dumps(description)})
+        partial.write_bytes(save(weights, {METADATA_KEY: json.dumps(description)}))  # save_file's are for the owner alone
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -32,6 +32,6 @@ class StepMapping:
     def index(self, progress: Tensor) -> Tensor:
         """progress [B] in [0, 1) -> trained step indices [B], int64, on the same device."""
         trained = torch.tensor(self.timesteps, device=progress.device)
-        wanted = progress.double() * self.num_timesteps - _ROUNDING
-        position = torch.searchsorted(trained.double(), wanted.contiguous())
+        wanted = progress.float() * self.num_timesteps - _ROUNDING  # not double: Apple's GPUs have none
+        position = torch.searchsorted(trained.float(), wanted.contiguous())
         return trained[position.clamp(max=len(self.timesteps) - 1)]

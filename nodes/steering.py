@@ -10,7 +10,8 @@ from comfy_api.latest import io, ui
 from ..steering.optimizer import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
 from ..steering.pictures import probability_plot
 from ..steering.report import SteeringReport, UpdateRecord
-from ..steering.sampling import Steering, apply_steering
+from ..steering.sampling import Steering, apply_steering, not_steered
+from ..steering.stepping import Schedule
 from .types import CATEGORY, Report, RunLog, classifier_input, graph_input, maps_output, report_output
 
 DEFAULTS = SteeringSettings()
@@ -19,7 +20,8 @@ DEFAULTS = SteeringSettings()
 def settings_inputs() -> list[io.Input]:
     return [
         io.Float.Input("start_percent", default=DEFAULTS.start, min=0.0, max=1.0, step=0.01,
-                       tooltip="Where steering begins, as a fraction of the denoising schedule."),
+                       tooltip="Where steering begins, as a fraction of the whole denoising schedule; img2img at denoise "
+                               "0.6 runs from 0.4 on."),
         io.Float.Input("end_percent", default=DEFAULTS.end, min=0.0, max=1.0, step=0.01,
                        tooltip="Where steering ends. Layout is decided early: the first half is enough."),
         io.Float.Input("step_size", default=DEFAULTS.step_size, min=0.0, max=100.0, step=0.05,
@@ -38,7 +40,7 @@ def settings_inputs() -> list[io.Input]:
                                               "relations take turns, as in the paper."),
         io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
                          tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
-                                 "memory, about a third more time. Same gradient."),
+                                 "memory, about half as much more time. Same gradient."),
         io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True, optional=True,
                        tooltip="Keeps each object in one place, so that steering does not draw it twice; updates go on "
                                "until that is so. 0: the classifier's loss alone, as in the paper, and fewer updates."),
@@ -55,10 +57,10 @@ def read_settings(start_percent: float, end_percent: float, step_size: float, ma
 class Progress:
     """Counts updates as well as denoising steps, and shows previews."""
 
-    def __init__(self, model, steps: int, settings: SteeringSettings):
-        window = [settings.start <= step / steps < settings.end for step in range(steps)]
-        costs = [1 + (settings.max_updates if inside else 0) for inside in window]
-        self._done_before = [sum(costs[:step]) for step in range(steps + 1)]
+    def __init__(self, model, schedule: Schedule, settings: SteeringSettings):
+        window = schedule.window(settings.start, settings.end)
+        costs = [1 + (settings.max_updates if step in window else 0) for step in range(schedule.steps)]
+        self._done_before = [sum(costs[:step]) for step in range(schedule.steps + 1)]
         self._bar = comfy.utils.ProgressBar(self._done_before[-1])
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
@@ -112,8 +114,11 @@ class SpatialSteeringKSampler(io.ComfyNode):
     def execute(cls, model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
                 latent_image, denoise: float, graph, classifier, **settings) -> io.NodeOutput:
         settings = read_settings(**settings)
-        progress = Progress(model, steps, settings)
-        patched, runs = apply_steering(model, Steering(graph, classifier, settings, progress.update))
+        sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise,
+                                         model.model_options).sigmas
+        progress = Progress(model, Schedule.of(model.get_model_object("model_sampling"), sigmas), settings)
+        steering = Steering(graph, classifier, settings, progress.update)
+        patched, runs = apply_steering(model, steering)
         start = comfy.sample.fix_empty_latent_channels(
             patched, latent_image["samples"], latent_image.get("downscale_ratio_spacial"),
             latent_image.get("downscale_ratio_temporal"))
@@ -124,7 +129,8 @@ class SpatialSteeringKSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
         out = {name: value for name, value in latent_image.items() if not name.startswith("downscale_ratio")}
         out["samples"] = samples
-        return io.NodeOutput(out, runs.last.maps, runs.last.report)
+        run = runs.last or not_steered(steering, "denoise leaves no step to sample")
+        return io.NodeOutput(out, run.maps, run.report)
 
 
 class ApplySpatialSteering(io.ComfyNode):

@@ -70,9 +70,8 @@ class RelationDatasetBuilder(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 io.String.Input("name", default="relations", tooltip="Folder under output/relation_datasets."),
                 io.Combo.Input("source", options=list(SOURCES), tooltip="Where the pictures come from. The small "
-                                                                        "world needs no files; generated pictures "
-                                                                        "come from the model itself and fit the "
-                                                                        "small world only."),
+                                                                        "world's need no files and are for the "
+                                                                        "models of \"Load Small World\" only."),
                 pictures("train_per_relation", 800, "for training"),
                 pictures("validation_per_relation", 100, "to tell when to stop"),
                 pictures("test_per_relation", 100, "to measure the result"),
@@ -163,8 +162,9 @@ class TrainRelationClassifier(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="The same seed gives the same "
                                                                               "classifier."),
                 io.Boolean.Input("wrong_captions", default=True, tooltip="Learn from wrong captions too. Off, the "
-                                                                         "classifier reads the relation word instead "
-                                                                         "of the layout; only for comparison."),
+                                                                         "classifier may read the relation word "
+                                                                         "instead of the layout; only for "
+                                                                         "comparison."),
                 io.String.Input("without_objects", default="", advanced=True, tooltip="Objects left out of training, "
                                                                                       "separated by commas; they are "
                                                                                       "measured apart."),

@@ -4,7 +4,7 @@ Nothing here knows a host or an architecture; `backbones/` brings q, k and the g
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,15 +77,32 @@ class AttentionMaps:
     """What one forward pass shows of the words `phrases`.
 
     layers: resolution ascending, within a resolution in execution order (paper: "Which maps, in which order").
+    conditioning: the host's uuid of the one that they are of.
     """
 
     phrases: tuple[str, ...]
     layers: tuple[LayerMaps, ...]
+    conditioning: object = None
 
     @staticmethod
-    def collect(phrases: tuple[str, ...], layers: list[LayerMaps]) -> AttentionMaps:
+    def collect(phrases: tuple[str, ...], layers: list[LayerMaps], conditioning: object = None) -> AttentionMaps:
         ordered = sorted(layers, key=lambda layer: (layer.maps.shape[-2] * layer.maps.shape[-1], layer.order))
-        return AttentionMaps(phrases, tuple(ordered))
+        return AttentionMaps(phrases, tuple(ordered), conditioning)
+
+    def placed(self, area: Sequence[int], size: Sequence[int]) -> AttentionMaps:
+        """Maps of a part of the picture in the whole of it, zero around that part.
+
+        area: height, width, top and left of the part, size: height and width of the whole, both in latent cells.
+        """
+        (h, w, top, left), (height, width) = area, size
+        layers = []
+        for layer in self.layers:
+            rows, columns = layer.maps.shape[-2:]
+            above, before = round(top * rows / h), round(left * columns / w)
+            below, behind = round(height * rows / h) - above - rows, round(width * columns / w) - before - columns
+            maps = F.pad(layer.maps, (before, max(0, behind), above, max(0, below)))
+            layers.append(LayerMaps(layer.name, layer.order, maps))
+        return AttentionMaps(self.phrases, tuple(layers), self.conditioning)
 
     @property
     def channels(self) -> int:
@@ -148,6 +165,7 @@ class MapRecorder:
     """Collects maps during one forward pass, for the conditionings that it knows.
 
     columns: one WordColumns per conditioning, by the host's uuid of that conditioning; all have the same phrases.
+    Of several of them that the model evaluates, only the first is recorded until `take`.
     forward: only passes whose transformer_options carry this under FORWARD_KEY are recorded, so that a capture does
     not record the extra passes of steering, nor the other way round.
     """
@@ -156,26 +174,28 @@ class MapRecorder:
     forward: object = None
     layers: list[LayerMaps] = field(default_factory=list)
     active: bool = True
+    conditioning: object = None
 
     def record(self, name: str, order: int, q: Tensor, k: Tensor, grid: tuple[int, int], options: dict) -> None:
         """q: [N, heads, h·w, d], k: [N, heads, tokens, d] of the host's whole batch; options: transformer_options."""
         if not self.active or options.get(FORWARD_KEY) is not self.forward:
             return
-        for index, uuid in enumerate(options.get("uuids", ())):
-            columns = self.columns.get(uuid)
-            if columns is None:
-                continue
-            batch = q.shape[0] // len(options["uuids"])
-            chunk = slice(index * batch, (index + 1) * batch)
-            maps = word_maps(q[chunk], k[chunk], columns.tiled(k.shape[2]))
-            self.layers.append(LayerMaps(name, order, maps.reshape(*maps.shape[:3], *grid)))
+        uuids = list(options.get("uuids", ()))
+        if self.conditioning is None:
+            self.conditioning = next((uuid for uuid in self.columns if uuid in uuids), None)
+        if self.conditioning not in uuids:
             return
+        batch, first = q.shape[0] // len(uuids), uuids.index(self.conditioning)
+        chunk = slice(first * batch, (first + 1) * batch)
+        maps = word_maps(q[chunk], k[chunk], self.columns[self.conditioning].tiled(k.shape[2]))
+        self.layers.append(LayerMaps(name, order, maps.reshape(*maps.shape[:3], *grid)))
 
     def take(self) -> AttentionMaps:
         """What was recorded since the last call."""
         phrases = next(iter(self.columns.values())).phrases if self.columns else ()
         layers, self.layers = self.layers, []
-        return AttentionMaps.collect(phrases, layers)
+        conditioning, self.conditioning = self.conditioning, None
+        return AttentionMaps.collect(phrases, layers, conditioning)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

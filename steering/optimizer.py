@@ -20,11 +20,11 @@ class SteeringSettings:
     """How to steer.
 
     start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
-    in percent of a unit-variance latent's norm; with "raw gradient" (the paper's rule), the factor on the gradient.
-    Both in model-input space. max_updates: per denoising step. stop_probability: a step ends once every relation's
-    fulfilment (probability, less while an object's attention is spread) reached it. relations_per_update: "all"
-    descends their weighted mean, "one" takes turns (the paper's rule). compactness: weight of the term that keeps each
-    object in one place (0: the paper's loss).
+    in percent of a unit-variance latent's norm (of the part that can move); with "raw gradient" (the paper's rule), the
+    factor on the gradient. Both in model-input space. max_updates: per denoising step. stop_probability: a step ends
+    once every relation's fulfilment (probability, less while an object's attention is spread) reached it.
+    relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule). compactness: weight
+    of the term that keeps each object in one place (0: the paper's loss).
     """
 
     start: float = 0.0
@@ -63,11 +63,14 @@ class Look:
 
 
 def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
-    """The move against the gradient, [B, …], in model-input space."""
+    """The move against the gradient, [B, …], in model-input space.
+
+    A normalised one has its length by the cells that have a gradient: an inpainting mask or an area leaves the others be.
+    """
     if settings.update_rule == "raw gradient":
         return -settings.step_size * gradient
     flat = gradient.flatten(1)
-    length = settings.step_size / 100 * flat.shape[1] ** 0.5
+    length = settings.step_size / 100 * (flat != 0).sum(dim=1).to(flat.dtype).sqrt()
     norm = flat.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
     return -gradient * (length / norm).reshape(-1, *[1] * (gradient.ndim - 1))
 

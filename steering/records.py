@@ -56,16 +56,17 @@ class RunLog:
     runs: deque[Run] = field(default_factory=lambda: deque(maxlen=RUNS_KEPT))
 
     @property
-    def last(self) -> Run:
-        return self.unsteered or self.runs[-1]
+    def last(self) -> Run | None:
+        """None where nothing was sampled."""
+        return self.unsteered or (self.runs[-1] if self.runs else None)
 
     def find(self, samples: Tensor) -> Run:
         """The run that gave this latent. Raises LookupError where none did."""
         if self.unsteered is not None:
             return self.unsteered
-        wanted = samples.detach().float().cpu()
+        wanted = samples.detach().cpu()  # in half precision under the host's --fp16-intermediates
         for run in reversed(self.runs):
-            if run.samples.shape == wanted.shape and torch.equal(run.samples, wanted):
+            if run.samples.shape == wanted.shape and torch.equal(run.samples.to(wanted.dtype), wanted):
                 return run
         raise LookupError("input 'samples': no run of this model gave this latent. Connect the LATENT output of the "
                           "sampler that uses the patched model, straight, with nothing in between that changes it.")

@@ -181,6 +181,10 @@ def _bare_phrase(phrase: str) -> str:
     return words if number == 1 else f"{words}#{number}"
 
 
+def _bare(relation: Relation) -> Relation:
+    return replace(relation, subject=_bare_phrase(relation.subject), object=_bare_phrase(relation.object))
+
+
 def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) -> RelationGraph:
     """The checked graph of explicit relations (`lines`, `extra`) if there are any, else of those read from the prompt.
 
@@ -188,7 +192,7 @@ def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) ->
     number phrases such as "dog#2". In a given prompt, "dog" beside "hot dog" means the first dog that is not the hot
     one. Raises RelationError for an unreadable line and for contradictions.
     """
-    explicit = _same_spelling((*read_lines(lines), *extra))
+    explicit = _same_spelling((*read_lines(lines), *map(_bare, extra)))
     if explicit and not prompt.strip():
         graph = _write_prompt(explicit)
     elif explicit:

@@ -62,6 +62,8 @@ class SteeringReport:
         lines.append(f"{self.gradient_evaluations} gradient evaluations in {len({r.step for r in self.records})} of "
                      f"{self.steps} steps, {self.seconds:.1f} s; "
                      + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+        if max(len(record.loss) for record in self.records) > 1:
+            lines.append("numbers of the batch's first picture:")
         lines.append("step update  sigma   loss  |gradient|  probability  outcome")
         for record in self.records:
             norm = "         -" if record.gradient_norm is None else f"{record.gradient_norm[0]:10.3g}"

@@ -73,6 +73,13 @@ class Session:
         """Calls the host's sampler function with a model and a callback that this session watches."""
         raise NotImplementedError
 
+    def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
+        """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
+        maps = self.recorder.take()
+        area = next((comfy.samplers.get_area_and_mult(cond, x, sigma).area for cond in self.positive
+                     if maps.layers and cond["uuid"] == maps.conditioning and "area" in cond), None)
+        return maps if area is None else maps.placed(area, x.shape[-2:])
+
     def keep(self, step: int, maps: AttentionMaps, size: int | tuple[int, int], every: bool = False) -> None:
         stack = maps.stack(size, "always").detach().float().cpu()
         self.layers = tuple(layer.name for layer in maps.layers)
@@ -90,6 +97,7 @@ class CaptureSession(Session):
         super().__init__(guider, sigmas, capture.phrases, None)
         self.capture = capture
         self.recorder.active = False
+        self.seen: AttentionMaps | None = None
 
     def run(self, function, model, x, sigmas, extra_args, callback, options):
         window = self.schedule.window(self.capture.start, self.capture.end)
@@ -99,10 +107,11 @@ class CaptureSession(Session):
             self.network, model_options.get("transformer_options", {}), self.recorder, recompute_blocks=False)}
 
         def around(model, x, sigma, arguments):
-            self.recorder.take()  # a step's maps are those of the last evaluation before its callback
             self.recorder.active = step in window
             try:
-                return model(x, sigma, **arguments)
+                denoised = model(x, sigma, **arguments)
+                self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
+                return denoised
             finally:
                 self.recorder.active = False
 
@@ -117,9 +126,10 @@ class CaptureSession(Session):
                         extra_args={**extra_args, "model_options": model_options}, **options)
 
     def _keep(self, step: int, x: Tensor) -> None:
-        maps = self.recorder.take()
-        maps = AttentionMaps(maps.phrases, tuple(layer for layer in maps.layers if self.capture.wants(layer.name)))
-        if maps.layers:
+        seen, self.seen = self.seen, None
+        layers = () if seen is None else tuple(layer for layer in seen.layers if self.capture.wants(layer.name))
+        if layers:
+            maps = AttentionMaps(seen.phrases, layers)
             self.keep(step, maps, _grid(x, self.capture.resolution), self.capture.every)
 
 
@@ -187,7 +197,7 @@ class SteeringSession(Session):
         alone = copy.copy(host_model)
         alone.inner_model = PositiveOnly(self.base_model, [active])
         alone(x, sigma, **arguments)
-        maps = self.recorder.take()
+        maps = self.take(x.detach(), sigma)
         if not maps.layers:
             return None
         judgement = judge(maps, self.steering.graph.relations, self.classifier, self.backbone.name,
@@ -221,8 +231,13 @@ class SteeringSession(Session):
 
     def report(self) -> SteeringReport:
         notes = ()
+        if not self.window:
+            settings, progress = self.steering.settings, self.schedule.progress
+            notes = (f"not steered: no step lies between start_percent {settings.start:g} and end_percent {settings.end:g}. The "
+                     f"{len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise "
+                     "schedule; image to image and second passes begin late.",)
         if any(record.outcome == "not recorded" for record in self.records):
-            notes = ("in some steps nothing was recorded: the conditioning is not active there, or another pack "
+            notes = (*notes, "in some steps nothing was recorded: the conditioning is not active there, or another pack "
                      "skipped the model's blocks",)
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
                               tuple(self.records), notes)
@@ -310,10 +325,14 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     backbone and ClassifierError for a relation that the classifier does not know.
     """
     find_backbone(model.model.diffusion_model)
-    for relation in steering.graph.relations:
+    counted = tuple(relation for relation in steering.graph.relations if relation.weight > 0)
+    if counted:
+        steering = dataclasses.replace(steering, graph=dataclasses.replace(steering.graph, relations=counted))
+    for relation in counted:
         relation_indices(steering.classifier, relation.predicates)
     if steering.is_off:
-        return model.clone(), RunLog(unsteered=_unsteered(steering))
+        reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"
+        return model.clone(), RunLog(unsteered=not_steered(steering, reason))
     runs = RunLog()
     patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer")
     patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "learn_to_steer",
@@ -326,8 +345,8 @@ def _reserve_memory(room: int, executor, model, noise_shape, conds, *rest, **opt
     return executor(model, [noise_shape[0] * room, *noise_shape[1:]], conds, *rest, **options)
 
 
-def _unsteered(steering: Steering) -> Run:
+def not_steered(steering: Steering, reason: str) -> Run:
+    """Stands for a run in which nothing was moved."""
     graph = steering.graph
-    reason = "the settings switch steering off" if graph.relations else "the graph has no relation"
     report = SteeringReport(tuple(map(str, graph.relations)), steering.classifier.name, 0, (), (f"not steered: {reason}",))
     return Run(None, AttentionRecord(graph.phrases, (), ()), report)

@@ -51,6 +51,8 @@ class Schedule:
         """progress of step i is i/n for a whole schedule; a part of one (img2img, split sigmas) starts and ends at
         the percent that the host gives its noise levels."""
         values = tuple(float(sigma) for sigma in sigmas)
+        if len(values) < 2:
+            return Schedule(values, ())
         first, last = percent_of_sigma(model_sampling, values[0]), percent_of_sigma(model_sampling, values[-1])
         first = 0.0 if first < 0.05 else first  # schedules start a little below the highest noise level
         last = 1.0 if last > 0.98 else last

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import comfy.latent_formats
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .config import FLUX_PREFIX, FORMAT, TEXT_CONFIG
 from .latent import PatchTransform
@@ -30,5 +30,5 @@ def export(name: str, weights: dict[str, torch.Tensor], transform: PatchTransfor
     metadata = {"format": FORMAT, "model": name, "text_config": json.dumps(TEXT_CONFIG),
                 "training": json.dumps(summary)}
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
+    temporary.write_bytes(save(tensors, metadata))
     temporary.replace(path)

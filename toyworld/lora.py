@@ -19,7 +19,7 @@ from standalone import prepare_host
 
 prepare_host()
 
-from safetensors.torch import save_file  # noqa: E402  (the host must be on the path first)
+from safetensors.torch import save  # noqa: E402  (the host must be on the path first)
 from torch import nn  # noqa: E402
 
 from .models import WEIGHTS  # noqa: E402
@@ -112,8 +112,9 @@ def main() -> None:
     weights = arguments.weights or WEIGHTS / f"{arguments.model}.safetensors"
     tensors = train(arguments.model, arguments.noun, arguments.minutes, arguments.rank, arguments.seed, weights)
     arguments.save.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, arguments.save, metadata={"model": arguments.model, "object": arguments.noun, "rank": str(arguments.rank),
-                                                 "minutes": str(arguments.minutes), "seed": str(arguments.seed)})
+    about = {"model": arguments.model, "object": arguments.noun, "rank": str(arguments.rank),
+             "minutes": str(arguments.minutes), "seed": str(arguments.seed)}
+    arguments.save.write_bytes(save(tensors, about))
     print(f"\nsaved {arguments.save}")
 
 

@@ -51,6 +51,11 @@ class TrainingSettings:
     without_nouns: tuple[str, ...] = ()
     mirror: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name}: {getattr(self, name)} leaves nothing to train. Give 1 or more.")
+
     @staticmethod
     def for_backbone(backbone: str, **changes) -> TrainingSettings:
         family = {"learning_rate": 5e-5, "epochs": 200} if backbone == "mmdit" else {}

@@ -118,6 +118,22 @@ def test_conditioning_repeated_by_the_host_gives_the_same_maps():
     assert torch.allclose(both, runs.last.maps.steps[0].average, atol=1e-5)
 
 
+def test_maps_of_an_area_stand_where_the_area_is():
+    scene = Scene()
+    with torch.inference_mode():
+        areas = [*tiny.conditioning(pack, "a photo of a dog", area=(8, 8, 8, 0)),
+                 *tiny.conditioning(pack, "a photo of a dog", area=(8, 8, 0, 8))]
+        plain = tiny.conditioning(pack, "a photo of a dog")
+    patched, runs = apply_capture(scene.model, Capture(("dog",), every=True))
+    scene.sample(patched, steps=1, positive=plain)
+    whole = runs.last.maps
+    scene.sample(patched, steps=1, positive=areas)  # the first area's: one conditioning is recorded
+    record = runs.last.maps
+    assert record.layers == whole.layers and record.steps[0].every.shape == whole.steps[0].every.shape
+    maps = record.steps[0].average[0, 0]
+    assert maps[8:, :8].sum() > 0.9 and maps[:7].sum() == 0 and maps[:, 9:].sum() == 0
+
+
 def test_layers_and_windows_are_chosen():
     scene = Scene()
     patched, runs = apply_capture(scene.model, Capture(("dog",), start=0.4, end=0.8, layers=("middle",), resolution=8))

@@ -5,10 +5,12 @@ import functools
 
 import comfy.supported_models
 import pytest
+import tiny
 import torch
-from conftest import PROMPT, Scene
+from conftest import PROMPT, Scene, pack
 from learn_to_steer.steering.gradient import differentiable
 from learn_to_steer.steering.objective import total_loss
+from learn_to_steer.steering.optimizer import SteeringSettings, displacement
 from learn_to_steer.steering.records import RunLog
 from learn_to_steer.steering.sampling import SteeringSession, _patched
 
@@ -122,6 +124,30 @@ def test_inpainting_mask(scene: Scene, recompute: bool):
     results, gradients = check(scene, recompute, noise_mask=mask)
     assert_agree(results, 1e-3)
     assert all(gradient[..., 8:].abs().max() == 0 for gradient in gradients)
+
+
+def test_a_normalised_move_is_as_long_in_a_part_as_in_the_whole():
+    """By the cells that can move: step_size is their percentage, however small an inpainting mask is."""
+    gradient = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    gradient[1, :, 4:] = 0
+    gradient[1, :, :, 4:] = 0
+    move = displacement(gradient, SteeringSettings(step_size=2.5))
+    assert move[0].square().mean().sqrt() == pytest.approx(0.025, rel=1e-4)
+    assert move[1, :, :4, :4].square().mean().sqrt() == pytest.approx(0.025, rel=1e-4)
+    assert move[1].count_nonzero() == 4 * 4 * 4
+    assert not displacement(torch.zeros(1, 4, 8, 8), SteeringSettings()).any()
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
+def test_conditioning_with_an_area(scene: Scene, recompute: bool):
+    with torch.inference_mode():
+        positive = tiny.conditioning(pack, PROMPT, area=(8, 12, 6, 2))
+    results, gradients = check(scene, recompute, positive=positive)
+    assert_agree(results, 1e-3)
+    for gradient in gradients:
+        outside = gradient.clone()
+        outside[..., 6:14, 2:14] = 0
+        assert gradient.any() and not outside.any()
 
 
 class ImagePrompt:

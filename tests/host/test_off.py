@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Scene
 from learn_to_steer.classifiers.geometric import GeometricClassifier
+from learn_to_steer.nodes.steering import SpatialSteeringKSampler
 from learn_to_steer.steering.objective import Judgement
 from learn_to_steer.steering.optimizer import Look, Moment, SteeringSettings, steer_step
 from learn_to_steer.steering.relations import Relation, RelationGraph, build_graph
@@ -47,6 +48,22 @@ def test_nothing_to_steer_is_bit_identical(scene: Scene, sampler: str):
         patched, runs = apply_steering(scene.model, steering)
         assert torch.equal(scene.sample(patched, sampler), plain)
         assert runs.last.report.notes
+
+
+def test_a_relation_of_weight_0_plays_no_part(scene: Scene):
+    """Not even that its object must stand in the prompt and its name be known to the classifier."""
+    graph = RelationGraph((*scene.graph.relations, Relation("zebra", ("riding",), "dog", 0.0)))
+    with_it, without = (apply_steering(scene.model, scene.steering(graph=g))[0] for g in (graph, scene.graph))
+    assert torch.equal(scene.sample(with_it), scene.sample(without))
+
+
+def test_the_sampler_node_without_a_step_to_sample(scene: Scene):
+    with torch.inference_mode():
+        latent, _, report = SpatialSteeringKSampler.execute(
+            scene.model, 1, 4, 3.0, "euler", "normal", scene.positive, scene.negative, {"samples": torch.ones(1, 4, 16, 16)},
+            0.0, scene.graph, GeometricClassifier(), start_percent=0.0, end_percent=0.5, step_size=2.5, max_updates=1,
+            stop_probability=0.99, update_rule="normalised", relations_per_update="all", save_memory=False).args
+    assert torch.equal(latent["samples"], torch.ones(1, 4, 16, 16)) and "denoise" in report.notes[0]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -179,6 +196,15 @@ def test_runs_never_mix(scene: Scene):
     assert not torch.equal(runs.find(first).maps.average(), runs.find(second).maps.average())
     with pytest.raises(LookupError, match="no run of this model gave this latent"):
         runs.find(first + 1)
+
+
+def test_a_run_is_found_by_a_latent_in_half_precision(scene: Scene):
+    """The host's --fp16-intermediates casts what a sampler gives."""
+    patched, runs = apply_steering(scene.model, scene.steering())
+    samples = scene.sample(patched)
+    assert runs.find(samples.half()) is runs.last
+    with pytest.raises(LookupError, match="'samples'"):
+        runs.find(samples.half() + 1)
 
 
 def test_several_relations_take_turns(scene: Scene):

@@ -67,6 +67,14 @@ def test_image_to_image_is_steered_late_only(scene: Scene):
     assert progress and min(progress) >= 0.45 and max(progress) < 0.6
 
 
+def test_a_run_outside_the_window_says_so(scene: Scene):
+    patched, runs = apply_steering(scene.model, scene.steering())
+    scene.sample(patched, steps=10, denoise=0.5)
+    report = runs.last.report
+    assert not report.records
+    assert "end_percent 0.36" in report.to_text() and "begin at 0.5" in report.to_text()
+
+
 def test_batches_stop_picture_by_picture(scene: Scene):
     patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.6, max_updates=4, compactness=0.0))
     batched = scene.sample(patched, batch=3)

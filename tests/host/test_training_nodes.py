@@ -13,6 +13,7 @@ load_pack()
 
 import comfy.model_management  # noqa: E402  (the host must be on the path first)
 import folder_paths  # noqa: E402
+import tiny  # noqa: E402
 
 nodes = importlib.import_module("learn_to_steer.nodes.training")
 classifiers = importlib.import_module("learn_to_steer.nodes.classifiers")
@@ -84,6 +85,19 @@ def test_queued_again_it_goes_on(world: tuple, folders: Path) -> None:
 def test_wrong_inputs_are_named(world: tuple, folders: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(world, **changes)
+
+
+def test_the_small_worlds_pictures_are_for_its_own_models(world: tuple, folders: Path) -> None:
+    with torch.inference_mode():
+        another = tiny.unet_patcher()
+    for source in nodes.SOURCES[:2]:
+        with pytest.raises(ValueError, match="source: the small world's pictures are for its own models"):
+            build((another, *world[1:]), source=source)
+
+
+def test_no_epoch_is_an_error(world: tuple, folders: Path) -> None:
+    with pytest.raises(ValueError, match="epochs: 0 leaves nothing to train"):
+        train(build(world).args[0], epochs=0)
 
 
 def test_a_classifier_without_weights_cannot_be_saved(folders: Path) -> None:

@@ -174,6 +174,8 @@ def test_own_format_keeps_everything_and_replaces_whole_files(tmp_path):
         assert getattr(back, field) == getattr(classifier, field)
     assert back.network.config == network.config and vars(back.steps) == vars(classifier.steps)
     assert os.listdir(tmp_path) == ["x.safetensors"]
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it, as any new file
     first = path.read_bytes()
     save_classifier(path, back)
     assert path.read_bytes() == first
@@ -366,6 +368,14 @@ def test_wrong_weights_in_our_own_format_are_named(tmp_path):
 def read_metadata(path):
     with safe_open(path, framework="pt") as file:
         return file.metadata()
+
+
+def test_convert_does_not_ignore_what_is_fixed(tmp_path, capsys):
+    file = tmp_path / "rule.safetensors"
+    save_classifier(file, GeometricClassifier(channel_weights=torch.full((4,), 0.25), backbone="unet"))
+    with pytest.raises(SystemExit):
+        convert([str(file), str(tmp_path / "out.safetensors"), "--backbone", "mmdit"])
+    assert "fixed" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
 
 
 def test_convert_reports_faults_without_a_traceback(tmp_path, capsys):

@@ -324,6 +324,13 @@ def test_build_graph_refuses_contradictions(prompt):
         build_graph(prompt)
 
 
+def test_given_relations_are_cleaned_as_lines_are():
+    """What "Spatial Relation" hands on: with article, emphasis or occurrence."""
+    given = Relation("a (dog:1.2)", ("above",), "the cat#2")
+    assert build_graph("", extra=[given]).prompt == "a photo of a dog above another cat"
+    assert build_graph("a cat and another cat, a dog", extra=[given]).phrases == ("dog", "cat#2")
+
+
 def test_the_error_for_one_noun_twice_says_how_to_mean_two():
     with pytest.raises(RelationError, match='another dog.*dog#2'):
         build_graph("a dog to the left of a dog")
