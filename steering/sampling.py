@@ -216,6 +216,9 @@ class SteeringSession(Session):
         model_options = arguments["model_options"]
         transformer_options = {**model_options.get("transformer_options", {}), FORWARD_KEY: self.recorder.forward,
                                "optimized_attention_override": differentiable_attention}
+        transformer_options["wrappers"] = {
+            kind: {key: wrappers for key, wrappers in by_key.items() if key not in STEP_CACHES}
+            for kind, by_key in transformer_options.get("wrappers", {}).items()}
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
             self.network, transformer_options, self.recorder, self.steering.settings.recompute)}
         return {"denoise_mask": None, **arguments, "model_options": model_options}
@@ -243,6 +246,9 @@ class SteeringSession(Session):
                               tuple(self.records), notes)
 
 
+STEP_CACHES = ("easycache",)
+"""Keys of the host's wrappers that answer from an earlier step instead of running the model. A gradient needs the model, and
+an evaluation at a moved latent is no step for a cache to count."""
 ROOM = {False: 6, True: 2}
 """By `recompute`: memory of a gradient evaluation, as a multiple of what the host reserves for a pass."""
 

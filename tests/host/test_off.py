@@ -7,6 +7,7 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from conftest import Scene
 from learn_to_steer.classifiers.geometric import GeometricClassifier
 from learn_to_steer.nodes.steering import SpatialSteeringKSampler
@@ -196,6 +197,20 @@ def test_runs_never_mix(scene: Scene):
     assert not torch.equal(runs.find(first).maps.average(), runs.find(second).maps.average())
     with pytest.raises(LookupError, match="no run of this model gave this latent"):
         runs.find(first + 1)
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_evaluations_for_steering_pass_by_the_hosts_step_caches(scene: Scene, node):
+    """With nothing moved the result is the cache's own; with moves every evaluation is recorded."""
+    cached = node.execute(scene.model, 3.0, 0.0, 1.0, False).args[0]
+    alone = scene.sample(cached, steps=8)
+    assert not torch.equal(alone, scene.sample(steps=8))  # it did skip steps
+    looking, runs = apply_steering(cached, scene.steering(stop_probability=0.0, compactness=0.0, end=0.9))
+    assert torch.equal(scene.sample(looking, steps=8), alone)
+    assert {record.outcome for record in runs.last.report.records} == {"satisfied"}
+    moving, runs = apply_steering(cached, scene.steering(stop_probability=1.0, end=0.9))
+    assert not torch.equal(scene.sample(moving, steps=8), alone)
+    assert {record.outcome for record in runs.last.report.records} == {"moved"}
 
 
 def test_a_run_is_found_by_a_latent_in_half_precision(scene: Scene):
