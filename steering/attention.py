@@ -165,7 +165,7 @@ class MapRecorder:
     """Collects maps during one forward pass, for the conditionings that it knows.
 
     columns: one WordColumns per conditioning, by the host's uuid of that conditioning; all have the same phrases.
-    Of several of them that the model evaluates, only the first is recorded until `take`.
+    Of several of them that the model evaluates, only the first is recorded until `take`, and of it the first pass.
     forward: only passes whose transformer_options carry this under FORWARD_KEY are recorded, so that a capture does
     not record the extra passes of steering, nor the other way round.
     """
@@ -183,8 +183,8 @@ class MapRecorder:
         uuids = list(options.get("uuids", ()))
         if self.conditioning is None:
             self.conditioning = next((uuid for uuid in self.columns if uuid in uuids), None)
-        if self.conditioning not in uuids:
-            return
+        if self.conditioning not in uuids or any(layer.name == name for layer in self.layers):
+            return  # another conditioning, or another pass at the same point (perturbed-attention guidance)
         batch, first = q.shape[0] // len(uuids), uuids.index(self.conditioning)
         chunk = slice(first * batch, (first + 1) * batch)
         maps = word_maps(q[chunk], k[chunk], self.columns[self.conditioning].tiled(k.shape[2]))

@@ -22,7 +22,8 @@ class NormalTensors(TorchFunctionMode):
     """Replaces inference tensors by clones where an operation meets them.
 
     Autograd refuses to save inference tensors for backward. Conditioning, image-prompt adapters and other
-    packs' closures hold them where nobody can replace them beforehand. A tensor gets one clone a scope.
+    packs' closures hold them where nobody can replace them beforehand. A tensor gets one clone a scope, unless it is
+    only copied: the copy is a normal tensor by itself, and the host copies weights from main memory layer by layer.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,10 @@ class NormalTensors(TorchFunctionMode):
         return value
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.empty_like or func is Tensor.copy_ and not args[0].is_inference():
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.to and (copied := func(*args, **(kwargs or {}))) is not args[0]:
+            return copied
         args = tuple(map(self._normal, args))
         kwargs = {name: self._normal(value) for name, value in kwargs.items()} if kwargs else {}
         return func(*args, **kwargs)
@@ -51,11 +56,14 @@ def replace_inference_weights(module: torch.nn.Module) -> None:
     """Puts a normal clone in the place of each parameter and buffer that is an inference tensor.
 
     One at a time, so one layer of extra memory. The values stay the same bit for bit; the module is not
-    differentiable with respect to them. Must run outside inference mode.
+    differentiable with respect to them. Weights that the host keeps in main memory and moves over for each use stay: what
+    is moved is a normal tensor already, and they may be pinned. Must run outside inference mode.
     """
+    device = getattr(module, "device", torch.device("cpu"))
     for part in module.modules():
+        moved = getattr(part, "comfy_cast_weights", False)
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_inference():
+            if parameter is not None and parameter.is_inference() and not (moved and parameter.device.type != device.type):
                 part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_inference():
@@ -85,6 +93,25 @@ def differentiable(model: torch.nn.Module) -> Iterator[WritesSeen]:
         replace_inference_weights(model)
         with NormalTensors(), mutation_of_saved_tensors() as writes:
             yield writes
+
+
+REACH = 2.0 ** 10
+"""Largest gradient at the maps while it passes through the model."""
+
+
+def scaled_gradient(loss: Tensor, judged: Sequence[Tensor], maps: Sequence[Tensor], latent: Tensor) -> Tensor:
+    """d loss / d latent, [B, …], for a `loss` [B] of the leaves `judged`, equal to the `maps` [B, …] made of `latent`.
+
+    A loss near 0 has a gradient so small that half precision rounds it to 0 inside the model. So the gradient at the maps,
+    which is in single precision, goes on multiplied by a power of two, a picture each, which is taken out at the end.
+    """
+    at_maps = torch.autograd.grad(loss.sum(), judged)
+    largest = torch.stack([part.abs().flatten(1).amax(dim=1) for part in at_maps]).amax(dim=0)
+    usable = largest.isfinite() & (largest > 0)
+    scale = torch.where(usable, 2.0 ** torch.log2(REACH / torch.where(usable, largest, 1.0)).floor(), 1.0)
+    upward = [part * scale.view(-1, *[1] * (part.ndim - 1)) for part in at_maps]
+    found, = torch.autograd.grad(list(maps), latent, upward)
+    return found.detach() / scale.view(-1, *[1] * (found.ndim - 1)).to(found.dtype)
 
 
 def differentiable_attention(func: Callable, *args, **kwargs) -> Tensor:

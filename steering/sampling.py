@@ -21,7 +21,7 @@ from torch import Tensor
 from ..classifiers.base import RelationClassifier, relation_indices
 from .attention import FORWARD_KEY, AttentionMaps, MapRecorder
 from .backbones import find_backbone
-from .gradient import FrozenControl, differentiable, differentiable_attention
+from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .objective import judge
 from .optimizer import Look, SteeringSettings, displacement, steer_step
 from .records import AttentionRecord, Run, RunLog, StepMaps
@@ -200,14 +200,15 @@ class SteeringSession(Session):
         maps = self.take(x.detach(), sigma)
         if not maps.layers:
             return None
-        judgement = judge(maps, self.steering.graph.relations, self.classifier, self.backbone.name,
+        seen = AttentionMaps(maps.phrases, tuple(dataclasses.replace(layer, maps=layer.maps.detach().requires_grad_())
+                                                 for layer in maps.layers))
+        judgement = judge(seen, self.steering.graph.relations, self.classifier, self.backbone.name,
                           self.schedule.progress[step], self.steering.settings.compactness)
-        self.last_maps = AttentionMaps(maps.phrases, tuple(
-            dataclasses.replace(layer, maps=layer.maps.detach()) for layer in maps.layers))
+        self.last_maps = seen
 
         def gradient(loss: Tensor) -> Tensor:
             with self.writes.paused():
-                return torch.autograd.grad(loss.sum(), leaf)[0].detach()
+                return scaled_gradient(loss, *([layer.maps for layer in part.layers] for part in (seen, maps)), leaf)
 
         return Look(judgement, gradient)
 
@@ -336,14 +337,32 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
         steering = dataclasses.replace(steering, graph=dataclasses.replace(steering.graph, relations=counted))
     for relation in counted:
         relation_indices(steering.classifier, relation.predicates)
-    if steering.is_off:
+    if steering.is_off:  # (the host's own model, however its memory is managed)
         reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"
         return model.clone(), RunLog(unsteered=not_steered(steering, reason))
     runs = RunLog()
+    model = _with_weights_that_stay(model)
     patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer")
     patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "learn_to_steer",
                                  functools.partial(_reserve_memory, ROOM[steering.settings.recompute]))
     return patched, runs
+
+
+def _with_weights_that_stay(model):
+    """The MODEL, or where the host's dynamic VRAM manages it, the same model loaded the classic way.
+
+    Dynamic VRAM gives a layer's weights away once the layer ran, and a gradient needs them until backward. The host makes
+    such a delegate itself, for conditionings with hooks. It is loaded from the file once per MODEL.
+    """
+    if not model.is_dynamic():
+        return model
+    if model.cached_patcher_init is None:
+        raise SteeringError("input 'model': ComfyUI's dynamic VRAM gives its weights away while steering still needs them, and "
+                            "its loader does not say how to load it otherwise. Load it with \"Load Checkpoint\" or \"Load "
+                            "Diffusion Model\", or start ComfyUI with --disable-dynamic-vram.")
+    log.info("loading the model a second time, without dynamic VRAM, which takes weights away that a gradient needs; start "
+             "ComfyUI with --disable-dynamic-vram to have it in memory once")
+    return model.get_non_dynamic_delegate()
 
 
 def _reserve_memory(room: int, executor, model, noise_shape, conds, *rest, **options):

@@ -32,7 +32,7 @@ class InversionSettings:
     steps, scheduler: the host's schedule; timesteps: step indices at which maps are recorded; iterations: of the fixed
     point, per step; gamma, eta: how far the rectified-flow inversion is drawn to the noise, and its way back to the
     picture (0 to 1); guidance: of guidance-distilled FLUX; least_psnr: dB, below it a sample is dropped; size,
-    normalise: as in `MapLayout`.
+    normalise: as in `MapLayout`. Not "resized", so that a classifier is asked as it was trained at every size of pictures.
     """
 
     steps: int = 50
@@ -44,7 +44,7 @@ class InversionSettings:
     guidance: float = 0.0
     least_psnr: float = 19.5
     size: int = 16
-    normalise: str = "resized"
+    normalise: str = "always"
 
     def __post_init__(self) -> None:
         if not self.timesteps or not 0 <= min(self.timesteps) <= max(self.timesteps) < self.steps:

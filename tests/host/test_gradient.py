@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import functools
 
+import comfy.model_management
+import comfy.ops
 import comfy.supported_models
 import pytest
 import tiny
 import torch
 from conftest import PROMPT, Scene, pack
-from learn_to_steer.steering.gradient import differentiable
+from learn_to_steer.steering.attention import word_maps
+from learn_to_steer.steering.gradient import differentiable, scaled_gradient
 from learn_to_steer.steering.objective import total_loss
 from learn_to_steer.steering.optimizer import SteeringSettings, displacement
 from learn_to_steer.steering.records import RunLog
@@ -136,6 +139,56 @@ def test_a_normalised_move_is_as_long_in_a_part_as_in_the_whole():
     assert move[1, :, :4, :4].square().mean().sqrt() == pytest.approx(0.025, rel=1e-4)
     assert move[1].count_nonzero() == 4 * 4 * 4
     assert not displacement(torch.zeros(1, 4, 8, 8), SteeringSettings()).any()
+
+
+def test_a_small_loss_keeps_its_gradient_in_half_precision():
+    """Each picture of a batch by itself: one relation nearly holds, the other does not."""
+    generator = torch.Generator().manual_seed(0)
+    start, k = torch.randn(2, 2, 64, 8, generator=generator), torch.randn(2, 2, 16, 8, generator=generator)
+    words, target = torch.eye(16)[:2], torch.rand(2, 2, 2, 64, generator=generator)
+    size = torch.tensor([1e-6, 1.0])
+
+    def gradient(dtype: torch.dtype, scaled: bool) -> torch.Tensor:
+        latent = start.clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        maps = word_maps(latent.to(dtype), k.to(dtype), words)
+        judged = maps.detach().requires_grad_() if scaled else maps
+        loss = size.to(judged.dtype) * ((judged - target.to(judged.dtype)) ** 2).flatten(1).mean(1)
+        return scaled_gradient(loss, [judged], [maps], latent) if scaled else torch.autograd.grad(loss.sum(), latent)[0]
+
+    def likeness(found: torch.Tensor) -> torch.Tensor:
+        found, wanted = (part.flatten(1).double() / part.double().flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30)
+                         for part in (found, exact))
+        return (found * wanted).sum(dim=1)
+
+    exact = gradient(torch.float64, scaled=False)
+    assert torch.allclose(gradient(torch.float64, scaled=True), exact, rtol=1e-9, atol=0)
+    assert (likeness(gradient(torch.float16, scaled=True)) > 0.9999).all()
+    assert likeness(gradient(torch.float16, scaled=False))[0] < 0.9  # it does matter
+
+
+def test_a_loss_without_a_gradient_moves_nothing():
+    latent = torch.zeros(1, 3, requires_grad=True)
+    maps = latent * 2
+    judged = maps.detach().requires_grad_()
+    assert not scaled_gradient((judged * 0).sum(1), [judged], [maps], latent).any()
+
+
+def test_weights_that_the_host_moves_for_each_use_stay_where_they_are():
+    """As in a model that is only partly on the GPU. What is moved is a normal tensor, so no clone of it is kept."""
+    with torch.inference_mode():
+        offloaded, resident = (comfy.ops.manual_cast.Linear(4, 4) for _ in range(2))
+        resident.comfy_cast_weights = False
+        model = torch.nn.Sequential(offloaded, resident)
+        model.device = torch.device("meta")
+        for part in model:
+            part.weight, part.bias = (torch.nn.Parameter(torch.ones(shape), requires_grad=False) for shape in ((4, 4), 4))
+    kept = offloaded.weight
+    with differentiable(model):
+        x = torch.ones(1, 4, requires_grad=True, dtype=torch.float64)  # another type, so that the weights are moved
+        gradient, = torch.autograd.grad(offloaded(x).sum(), x)
+        moved = comfy.model_management.cast_to(kept, torch.float64, torch.device("cpu"))
+    assert offloaded.weight is kept and kept.is_inference() and not resident.weight.is_inference()
+    assert gradient.eq(4).all() and not moved.is_inference()
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 import gc
 
 import comfy.model_management
+import comfy.model_patcher
+import comfy_aimdo.host_buffer
 import psutil
 import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from conftest import Scene
 from learn_to_steer.classifiers.geometric import GeometricClassifier
 from learn_to_steer.nodes.steering import SpatialSteeringKSampler
@@ -15,6 +18,7 @@ from learn_to_steer.steering.objective import Judgement
 from learn_to_steer.steering.optimizer import Look, Moment, SteeringSettings, steer_step
 from learn_to_steer.steering.relations import Relation, RelationGraph, build_graph
 from learn_to_steer.steering.sampling import Capture, apply_capture, apply_steering
+from learn_to_steer.steering.stepping import SteeringError
 
 SAMPLERS = ["euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "euler_ancestral"]
 WEIGHTLESS = RelationGraph((Relation("dog", ("above",), "teddy bear", 0.0),))
@@ -197,6 +201,47 @@ def test_runs_never_mix(scene: Scene):
     assert not torch.equal(runs.find(first).maps.average(), runs.find(second).maps.average())
     with pytest.raises(LookupError, match="no run of this model gave this latent"):
         runs.find(first + 1)
+
+
+def dynamic(scene: Scene, monkeypatch, loader) -> comfy.model_patcher.ModelPatcherDynamic:
+    """The scene's model as the host manages it on an NVIDIA GPU by default; only the GPU library's buffers are not there."""
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *sizes: None)
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcherDynamic, "__del__", lambda self: None)
+    model = comfy.model_patcher.ModelPatcherDynamic(scene.model.model, torch.device("cuda:0"), torch.device("cpu"))
+    model.cached_patcher_init = loader
+    return model
+
+
+def test_dynamic_vram_is_not_used_for_steering(scene: Scene, monkeypatch):
+    """It gives weights away that backward needs. The host's own delegate is loaded, once, and not where nothing is steered."""
+    loaded = []
+
+    def load(*, disable_dynamic):
+        assert disable_dynamic
+        loaded.append(Scene().model)
+        return loaded[-1]
+
+    model = dynamic(scene, monkeypatch, (load, ()))
+    assert apply_steering(model, scene.steering(step_size=0.0))[0].is_dynamic() and not loaded
+    first, second = (apply_steering(model, scene.steering())[0] for _ in range(2))
+    assert not first.is_dynamic() and not second.is_dynamic()
+    assert len(loaded) == 1 and first.model is second.model is loaded[0].model
+
+
+def test_dynamic_vram_without_a_loader_is_an_error(scene: Scene, monkeypatch):
+    with pytest.raises(SteeringError, match="input 'model': ComfyUI's dynamic VRAM.*--disable-dynamic-vram"):
+        apply_steering(dynamic(scene, monkeypatch, None), scene.steering())
+
+
+def test_a_second_pass_at_the_same_point_is_not_captured(scene: Scene):
+    """Perturbed-attention guidance evaluates the positive conditioning once more, with the attention spoilt."""
+    patched, runs = apply_capture(scene.model, Capture(("dog",)))
+    scene.sample(patched, steps=1)
+    plain = runs.last.maps
+    guided, runs = apply_capture(PerturbedAttentionGuidance.execute(scene.model, 3.0).args[0], Capture(("dog",)))
+    scene.sample(guided, steps=1)
+    assert runs.last.maps.layers == plain.layers
+    assert torch.allclose(runs.last.maps.average(), plain.average(), atol=1e-6)
 
 
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
