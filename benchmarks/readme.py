@@ -18,21 +18,25 @@ def accuracy_table(content: dict) -> str:
     """Rows of several groups get a line in bold above each group."""
     head = "| | both objects | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
     groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
+    most = max(row["prompts"] for row in content["rows"])
     lines = []
     for group in groups:
         lines += [f"| **{group}** | | | | | | |"] if len(groups) > 1 else []
-        lines += [f"| {row['name']} | " + " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
-                  + f" | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
-                  for row in content["rows"] if row["group"] == group]
+        lines += [accuracy_line(row, most) for row in content["rows"] if row["group"] == group]
     protocol = content["protocol"]
-    counts = [row["prompts"] for row in content["rows"]]
-    few_to_many = " to ".join(map(str, sorted({min(counts), max(counts)})))
     pictures = max(row.get("pictures", 1) for row in content["rows"])
     each = f"{pictures} pictures" if pictures > 1 else "one picture"
-    said = (f"\n\n{few_to_many} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
+    said = (f"\n\n{most} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
             f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, {each} a prompt. "
             f"Measured on: {content['machine']}.")
     return head + "\n".join(lines) + said
+
+
+def accuracy_line(row: dict, most: int) -> str:
+    """Where the row has fewer prompts than others, it says how many."""
+    name = row["name"] if row["prompts"] == most else f"{row['name']} ({row['prompts']} prompts)"
+    shares = " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
+    return f"| {name} | {shares} | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
 
 
 def leakage_table(content: dict) -> str:

@@ -73,7 +73,7 @@ class RelationDatasetBuilder(io.ComfyNode):
                                                                         "world's need no files and are for the "
                                                                         "models of \"Load Small World\" only."),
                 pictures("train_per_relation", 800, "for training"),
-                pictures("validation_per_relation", 100, "to tell when to stop"),
+                pictures("validation_per_relation", 200, "to tell when to stop"),
                 pictures("test_per_relation", 100, "to measure the result"),
                 io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Denoising steps of the inversion."),
                 io.Int.Input("iterations", default=5, min=1, max=50, tooltip="Fixed-point iterations a step (UNets). "
