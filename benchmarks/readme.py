@@ -14,9 +14,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 SHARES = ("both_present", "clean", "relation_correct", "exact")
 
 
-def accuracy_table(content: dict) -> str:
+def accuracy_table(content: dict, present: str = "both objects") -> str:
     """Rows of several groups get a line in bold above each group."""
-    head = "| | both objects | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
+    head = f"| | {present} | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
     groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
     most = max(row["prompts"] for row in content["rows"])
     lines = []
@@ -33,10 +33,11 @@ def accuracy_table(content: dict) -> str:
 
 
 def accuracy_line(row: dict, most: int) -> str:
-    """Where the row has fewer prompts than others, it says how many."""
-    name = row["name"] if row["prompts"] == most else f"{row['name']} ({row['prompts']} prompts)"
+    """Where the row has fewer prompts than others it says how many, and no time: it is of another run than the unsteered one."""
+    fewer = row["prompts"] < most
+    name, time = (f"{row['name']} ({row['prompts']} prompts)", "-") if fewer else (row["name"], f"{row['seconds_ratio']:.2f} ×")
     shares = " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
-    return f"| {name} | {shares} | {row['gradient_evaluations']:.1f} | {row['seconds_ratio']:.2f} × |"
+    return f"| {name} | {shares} | {row['gradient_evaluations']:.1f} | {time} |"
 
 
 def leakage_table(content: dict) -> str:
@@ -61,7 +62,7 @@ def blocks(path: Path) -> dict[str, str]:
     content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
     if kind == "cost":
         return {path.stem: cost_table(content)}
-    tables = {path.stem: accuracy_table(content)}
+    tables = {path.stem: accuracy_table(content, "all objects" if kind == "several" else "both objects")}
     if kind == "accuracy" and content.get("classifiers"):
         tables[f"leakage_{backbone}"] = leakage_table(content)
     return tables
