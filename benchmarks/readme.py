@@ -62,10 +62,10 @@ def blocks(path: Path) -> dict[str, str]:
     content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
     if kind == "cost":
         return {path.stem: cost_table(content)}
-    tables = {path.stem: accuracy_table(content, "all objects" if kind == "several" else "both objects")}
+    found = {path.stem: accuracy_table(content, "all objects" if kind == "several" else "both objects")}
     if kind == "accuracy" and content.get("classifiers"):
-        tables[f"leakage_{backbone}"] = leakage_table(content)
-    return tables
+        found[f"leakage_{backbone}"] = leakage_table(content)
+    return found
 
 
 def tables() -> dict[str, str]:

@@ -110,7 +110,7 @@ def scaled_gradient(loss: Tensor, judged: Sequence[Tensor], maps: Sequence[Tenso
     usable = largest.isfinite() & (largest > 0)
     scale = torch.where(usable, 2.0 ** torch.log2(REACH / torch.where(usable, largest, 1.0)).floor(), 1.0)
     upward = [part * scale.view(-1, *[1] * (part.ndim - 1)) for part in at_maps]
-    found, = torch.autograd.grad(list(maps), latent, upward)
+    found, = torch.autograd.grad(maps, latent, upward)
     return found.detach() / scale.view(-1, *[1] * (found.ndim - 1)).to(found.dtype)
 
 

@@ -81,10 +81,10 @@ def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: t
                move: Callable[[Tensor, SteeringSettings], Tensor] = displacement) -> Tensor:
     """Moves `latent` [B, …] (model-input space) until every relation holds or the updates are used up.
 
-    look: evaluates a latent, None where the host ran nothing that could be read; turn: updates before this step, for
-    taking turns; on_record: called after each evaluation, may raise to interrupt; move: from a gradient to the
-    displacement. Each picture of the batch stops on
-    its own. A non-finite gradient moves nothing.
+    look: evaluates a latent, None where the host ran nothing that could be read; weights: of the relations, above 0;
+    turn: updates before this step, for taking turns; on_record: called after each evaluation, may raise to interrupt;
+    move: from a gradient to the displacement. Each picture of the batch stops on its own. A non-finite gradient moves
+    nothing.
     """
     for update in range(settings.max_updates):
         began = time.perf_counter()
@@ -92,9 +92,8 @@ def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: t
         if seen is None:
             on_record(_record(moment, update, None, None, None, None, "not recorded", began))
             return latent
-        counted = [index for index, weight in enumerate(weights) if weight > 0]
-        open_pictures = ~(seen.judgement.fulfilment[:, counted] >= settings.stop_probability).all(-1)
-        chosen = counted[(turn + update) % len(counted)] if settings.relations_per_update == "one" else None
+        open_pictures = ~(seen.judgement.fulfilment >= settings.stop_probability).all(-1)
+        chosen = (turn + update) % len(weights) if settings.relations_per_update == "one" else None
         loss = total_loss(seen.judgement, weights, chosen)
         if not open_pictures.any():
             on_record(_record(moment, update, seen, loss, None, open_pictures, "satisfied", began))

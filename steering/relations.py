@@ -61,6 +61,10 @@ class RelationGraph:
         return tuple(dict.fromkeys(phrase for relation in self.relations
                                    for phrase in (relation.subject, relation.object)))
 
+    def counted(self) -> RelationGraph:
+        """Without the relations that weight 0 switches off."""
+        return replace(self, relations=tuple(relation for relation in self.relations if relation.weight > 0))
+
     def check(self) -> None:
         """Raises RelationError where relations contradict each other; names the whole cycle in order."""
         for axis, names in _AXES.items():

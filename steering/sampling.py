@@ -283,7 +283,7 @@ class Steering:
 
     @property
     def is_off(self) -> bool:
-        return self.settings.is_off or not any(relation.weight > 0 for relation in self.graph.relations)
+        return self.settings.is_off or not self.graph.counted().relations
 
 
 def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, key: str):
@@ -332,10 +332,10 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     backbone and ClassifierError for a relation that the classifier does not know.
     """
     find_backbone(model.model.diffusion_model)
-    counted = tuple(relation for relation in steering.graph.relations if relation.weight > 0)
-    if counted:
-        steering = dataclasses.replace(steering, graph=dataclasses.replace(steering.graph, relations=counted))
-    for relation in counted:
+    counted = steering.graph.counted()
+    if counted.relations:
+        steering = dataclasses.replace(steering, graph=counted)
+    for relation in counted.relations:
         relation_indices(steering.classifier, relation.predicates)
     if steering.is_off:  # (the host's own model, however its memory is managed)
         reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"

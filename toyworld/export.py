@@ -8,6 +8,8 @@ import comfy.latent_formats
 import torch
 from safetensors.torch import save
 
+from training.storage import replace_file
+
 from .config import FLUX_PREFIX, FORMAT, TEXT_CONFIG
 from .latent import PatchTransform
 from .text import WordTokenizer
@@ -29,6 +31,4 @@ def export(name: str, weights: dict[str, torch.Tensor], transform: PatchTransfor
     tensors["token_ids"] = torch.tensor(tokenizer.ids, dtype=torch.int32)
     metadata = {"format": FORMAT, "model": name, "text_config": json.dumps(TEXT_CONFIG),
                 "training": json.dumps(summary)}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save(tensors, metadata))
-    temporary.replace(path)
+    replace_file(path, save(tensors, metadata))

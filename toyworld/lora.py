@@ -22,6 +22,8 @@ prepare_host()
 from safetensors.torch import save  # noqa: E402  (the host must be on the path first)
 from torch import nn  # noqa: E402
 
+from training.storage import replace_file  # noqa: E402
+
 from .models import WEIGHTS  # noqa: E402
 from .recipes import draw_batch  # noqa: E402
 from .scenes import EXTRA_NOUNS  # noqa: E402
@@ -114,7 +116,7 @@ def main() -> None:
     arguments.save.parent.mkdir(parents=True, exist_ok=True)
     about = {"model": arguments.model, "object": arguments.noun, "rank": str(arguments.rank),
              "minutes": str(arguments.minutes), "seed": str(arguments.seed)}
-    arguments.save.write_bytes(save(tensors, about))
+    replace_file(arguments.save, save(tensors, about))
     print(f"\nsaved {arguments.save}")
 
 

@@ -114,11 +114,11 @@ class UNetRecipe:
 
     @staticmethod
     def adaptable(name: str, layer: nn.Module) -> bool:
-        """Whether a LoRA adapts the layer: all but the first, the last, and those of the noise level.
+        """Whether a LoRA adapts the layer: all but the first, the last, those of the noise level and the attentions' way out.
 
         Layers in the transformers alone place an object but hardly learn what it looks like.
         """
-        outside = ("time_embed", "emb_layers", "input_blocks.0.0", "out.")
+        outside = ("time_embed", "emb_layers", "input_blocks.0.0", "out.")  # also of "to_out.0"
         return isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(part in name for part in outside)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -197,7 +197,7 @@ class FluxRecipe:
         try:
             with mixed_precision():
                 predicted = self.network(noisy, times, hidden[:, :FLUX_TOKENS].clone(), y=pooled,
-                                      transformer_options={"optimized_attention_override": plain_attention})
+                                         transformer_options={"optimized_attention_override": plain_attention})
         finally:
             comfy.model_management.in_training = training
         return (predicted.float() - (noise - batch.latents)).square().mean()
