@@ -3,21 +3,24 @@
     python dev.py bench geneval --server URL --workflow FILE --prompts FILE --out DIR
 
 Prompts: GenEval's evaluation_metadata.jsonl (only its "position" prompts, or those of --tags), or a text file with one
-prompt a line. Writes DIR/00000/metadata.jsonl and DIR/00000/samples/00000.png, ...; the same command goes on where it was
-stopped. The workflow may be a saved one or in API format: the prompt goes into every text field of the node titled
---prompt-title, the seed into every seed field, and the picture comes from the SaveImage node titled --picture-title.
+prompt a line, each with a relation. Writes DIR/00000/metadata.jsonl and DIR/00000/samples/00000.png, ...; the same command
+goes on where it was stopped, and one with another workflow, seed or prompt wants another DIR. The workflow may be a saved
+one or in API format: the prompt goes into every text field of the node titled --prompt-title, the seed into every seed
+field, and the picture comes from the SaveImage node titled --picture-title.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from devtools.client import Client, ServerError
 from devtools.workflow import WorkflowError, set_seeds, set_text, to_prompt
-from steering.relations import build_graph
+from steering.relations import RelationError, build_graph, split_occurrence
 
 SHORT = {"to the left of": "left of", "to the right of": "right of", "above": "above", "below": "below"}
 """Our names of the relations to GenEval's."""
@@ -34,7 +37,10 @@ def read_prompts(path: Path, tags: tuple[str, ...]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         if path.suffix.lower() not in (".jsonl", ".json"):
-            records.append(record(line.strip()))
+            try:
+                records.append(record(line.strip()))
+            except (RelationError, GenevalError) as error:
+                raise GenevalError(f"{path}, line {number}: {error}") from error
             continue
         try:
             entry = json.loads(line)
@@ -52,12 +58,27 @@ def read_prompts(path: Path, tags: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def record(prompt: str) -> dict[str, Any]:
-    """GenEval's record of a prompt. An object has one position there: that of its first relation."""
-    graph = build_graph(prompt)
-    include = [{"class": phrase, "count": 1} for phrase in graph.phrases]
-    for relation in graph.relations:
-        entry = include[graph.phrases.index(relation.subject)]
-        entry.setdefault("position", [SHORT[relation.predicates[0]], graph.phrases.index(relation.object)])
+    """GenEval's record of a prompt: a clause for each object and each relation.
+
+    A clause's position speaks of an earlier clause (GenEval's evaluate_images.py, `evaluate`), so objects come before their
+    subjects; clauses of the same class are of the same thing. Raises GenevalError where that cannot say what the prompt says.
+    """
+    relations = build_graph(prompt).relations
+    if not relations:
+        raise GenevalError(f"no relation was found in {prompt!r}; its pictures would all count as right. Write one of "
+                           f"{', '.join(SHORT)}, or give GenEval's own JSONL file.")
+    include: list[dict[str, Any]] = []
+    for relation in relations:
+        subject, thing = (split_occurrence(phrase)[0] for phrase in (relation.subject, relation.object))
+        if subject.lower() == thing.lower():
+            raise GenevalError(f"{prompt!r} has two of {thing!r}, which GenEval's evaluator does not tell apart. Leave the "
+                               "line out.")
+        classes = [clause["class"] for clause in include]
+        if thing not in classes:
+            include.append({"class": thing, "count": 1})
+            classes.append(thing)
+        include += [{"class": subject, "count": 1, "position": [SHORT[predicate], classes.index(thing)]}
+                    for predicate in relation.predicates]
     return {"tag": "position", "include": include, "prompt": prompt}
 
 
@@ -74,39 +95,64 @@ def picture_node(prompt: Mapping[str, Any], title: str | None) -> str:
 
 
 def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], out: Path, samples: int, seed: int,
-             prompt_title: str, picture_title: str | None) -> int:
-    """Makes what is not there yet; returns how many pictures were made. Sample k of every prompt has seed `seed` + k."""
+             prompt_title: str, picture_title: str | None) -> tuple[int, list[str]]:
+    """Makes what is not there yet: how many pictures were made, and what failed. Sample k of every prompt has seed
+    `seed` + k. A prompt that fails is passed over; ServerError where the server is gone or refuses the workflow.
+    """
     object_info = client.object_info()
-    made = 0
+    out.mkdir(parents=True, exist_ok=True)
+    template = to_prompt(workflow, object_info)
+    keep(out / "generation.json", {"workflow_sha256": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
+                                   "seed": seed, "prompt_title": prompt_title, "picture_title": picture_title},
+         "made with another workflow, seed or title")
+    made, failed = 0, []
     for index, entry in enumerate(records):
         folder = out / f"{index:05}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        keep(folder / "metadata.jsonl", json.dumps(entry).encode() + b"\n")
+        keep(folder / "metadata.jsonl", entry, "there with another prompt")
         for sample in range(samples):
             file = folder / "samples" / f"{sample:05}.png"
             if file.exists():
                 continue
-            prompt = to_prompt(workflow, object_info)
+            prompt = to_prompt(template, object_info)
             set_text(prompt, object_info, prompt_title, entry["prompt"])
             set_seeds(prompt, seed + sample)
             node = picture_node(prompt, picture_title)
-            pictures = client.run(prompt).images(node)
+            try:
+                pictures = client.run(prompt).images(node)
+            except ServerError as error:
+                if error.kind != "execution":
+                    raise
+                failed.append(f"{folder.name}/{file.name}: {entry['prompt']}: {error}")
+                print(failed[-1], flush=True)
+                break
             if not pictures:
                 raise WorkflowError(f"Node {node} sent no picture; the server answers a repeated prompt from its cache "
                                     "only while it keeps its files.")
-            aside = file.with_suffix(".part")
-            aside.write_bytes(client.image(pictures[0]))
-            aside.replace(file)
+            write_whole(file, client.image(pictures[0]))
             made += 1
             print(f"{folder.name}/{file.name}: {entry['prompt']} (seed {seed + sample})", flush=True)
-    return made
+    return made, failed
 
 
-def keep(file: Path, content: bytes) -> None:
-    """Writes a record. GenevalError where the folder already holds another prompt's."""
-    if file.exists() and json.loads(file.read_bytes()) != json.loads(content):
-        raise GenevalError(f"{file} is there with another prompt. Choose an empty --out, or the same --prompts.")
-    file.write_bytes(content)
+def keep(file: Path, content: dict[str, Any], otherwise: str) -> None:
+    """Writes a record that is not there yet. GenevalError where another one is."""
+    if not file.exists():
+        write_whole(file, json.dumps(content).encode() + b"\n")
+        return
+    try:
+        same = json.loads(file.read_bytes()) == json.loads(json.dumps(content))
+    except ValueError as error:
+        raise GenevalError(f"{file} is damaged ({error}). Delete it; the same command writes it again.") from error
+    if not same:
+        raise GenevalError(f"{file} is {otherwise}. Choose an empty --out, or give the same as before.")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """So that a stop at any moment leaves either all of it or nothing."""
+    aside = file.with_name(file.name + ".part")
+    aside.write_bytes(content)
+    os.replace(aside, file)
 
 
 def main() -> int:
@@ -124,10 +170,14 @@ def main() -> int:
     try:
         records = read_prompts(given.prompts, tuple(given.tags))
         workflow = json.loads(given.workflow.read_text(encoding="utf-8"))
-        made = generate(Client(given.server.rstrip("/")), workflow, records, given.out, given.samples, given.seed,
-                        given.prompt_title, given.picture_title)
+        made, failed = generate(Client(given.server.rstrip("/")), workflow, records, given.out, given.samples, given.seed,
+                                given.prompt_title, given.picture_title)
     except (GenevalError, WorkflowError, ServerError, OSError, ValueError) as error:
         print(f"bench geneval: {error}")
+        return 1
+    if failed:
+        print(f"bench geneval: {made} pictures made, {len(failed)} prompts failed; the same command tries them again:")
+        print("\n".join(failed))
         return 1
     print(f"{made} pictures made; {len(records)} prompts x {given.samples} are in {given.out}")
     return 0

@@ -16,6 +16,7 @@ NOTES = {"Note", "MarkdownNote"}
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "COLORS", "CURVE", "RANGE", "MARKDOWN",
                 "TEXTAREA", "BOUNDING_BOX", "BOUNDING_BOXES", "IMAGEUPLOAD", "IMAGECOMPARE", "PAINTER", "CHART",
                 "GALLERIA"}
+SEEDS = ("seed", "noise_seed")
 EMPTY = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "IMAGECOMPARE": ["", ""]}
 
 
@@ -271,8 +272,18 @@ def set_text(prompt: Mapping[str, Any], object_info: Mapping[str, Any], title: s
 
 
 def set_seeds(prompt: Mapping[str, Any], seed: int) -> None:
-    """Writes `seed` into every seed field that is not fed by a link."""
-    for node in prompt.values():
-        for name, value in node["inputs"].items():
-            if name in ("seed", "noise_seed") and isinstance(value, int):
-                node["inputs"][name] = seed
+    """Writes `seed` into every seed field, also of the nodes that feed one by a link. WorkflowError where it has none."""
+    fields = [(node["inputs"], name) for node in prompt.values() for name in node["inputs"] if name in SEEDS]
+    written = 0
+    while fields:
+        inputs, name = fields.pop()
+        value = inputs.get(name)
+        if isinstance(value, int):
+            inputs[name] = seed
+            written += 1
+        elif isinstance(value, list):  # a number's node: its only field, or the one named "value"
+            source = prompt[value[0]]["inputs"]
+            fields += [(source, other) for other in source if other == "value" and other not in SEEDS]
+    if not written:
+        raise WorkflowError("The workflow has no seed field (seed, noise_seed, or the value of a number node that feeds "
+                            "one), so that every picture of a prompt would be the same.")

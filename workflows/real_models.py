@@ -33,7 +33,7 @@ def shown(sheet: Sheet, samples: Output, maps: Output, report: Output | None, va
           name: str) -> list[list[Node]]:
     """Picture, attention and report behind a sampler, as columns of nodes."""
     decoded = sheet.node("VAEDecode", width=240, samples=samples, vae=vae)
-    picture = sheet.node("SaveImage", "Picture", width=420, extra_height=120, images=decoded["IMAGE"],
+    picture = sheet.node("SaveImage", "Save steered picture", width=420, extra_height=120, images=decoded["IMAGE"],
                          filename_prefix=f"learn_to_steer/{name}")
     overlay = sheet.node("LearnToSteerOverlay", width=560, maps=maps, image=decoded["IMAGE"])
     columns = [[decoded], [picture], [overlay]]
@@ -74,7 +74,7 @@ def sd21_steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
     plain = sheet.node("KSampler", width=320, model=model, positive=graph["positive"],
                        negative=negative["CONDITIONING"], latent_image=latent["LATENT"], **SD21_SAMPLING)
     decoded = sheet.node("VAEDecode", width=240, samples=plain["LATENT"], vae=vae)
-    saved = sheet.node("SaveImage", "Picture", width=420, extra_height=120, images=decoded["IMAGE"],
+    saved = sheet.node("SaveImage", "Save unsteered picture", width=420, extra_height=120, images=decoded["IMAGE"],
                        filename_prefix="learn_to_steer/sd21_unsteered")
     classifier, sampler = steered_sampler(sheet, model, graph, negative, latent)
     behind = shown(sheet, sampler["latent"], sampler["maps"], sampler["report"], vae, "sd21_steered")

@@ -175,6 +175,15 @@ def test_text_and_seeds_are_set():
         set_text(prompt, OBJECT_INFO, "Caption", "new")
 
 
+def test_a_seed_behind_a_link_is_set():
+    prompt = {"1": {"class_type": "PrimitiveInt", "inputs": {"value": 5}},
+              "2": {"class_type": "Sample", "inputs": {"seed": ["1", 0], "steps": 9}}}
+    set_seeds(prompt, 42)
+    assert prompt["1"]["inputs"] == {"value": 42} and prompt["2"]["inputs"] == {"seed": ["1", 0], "steps": 9}
+    with pytest.raises(WorkflowError, match="no seed field"):
+        set_seeds({"1": {"class_type": "Encode", "inputs": {"text": "a"}}}, 1)
+
+
 @pytest.mark.parametrize("first, second, fit", [("A", "A", True), ("A", "B", False), ("*", "B", True),
                                                 ("A,B", "B,C", True), ("A,B", "C", False), ("a", "A", True)])
 def test_types_fit(first, second, fit):
