@@ -30,7 +30,7 @@ LOGGER = logging.getLogger("learn_to_steer")
 LICENCE = ("The terms of the checkpoint's source apply. The Learn-to-Steer authors' own checkpoints are for "
            "non-commercial use only.")
 # Layers x heads of known models (paper.md, "Which maps").
-_SD_CHANNELS = {"sd2": 195, "sd14": 128, "sd1": 128}
+_SD_CHANNELS = {"sd2": 195, "stablediffusion2": 195, "sd1": 128, "stablediffusion1": 128}
 # Older ones could be made to run code in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 _HARMLESS_MODULES = ("torch", "collections", "numpy", "_codecs", "pathlib", "argparse")
@@ -43,11 +43,24 @@ def read_published(path: Path, backbone: str | None, relations: Sequence[str] | 
     backbone, relations: used in place of what the file says or what is guessed from it.
     """
     content = _unpickle(path)
+    try:
+        return _fields(path, content, backbone, relations)
+    except ClassifierError:
+        raise
+    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
+        raise ClassifierError(f"an entry of the file has another type than it should ({error}). The file is damaged or of an "
+                              "unknown kind; get it again.") from error
+
+
+def _fields(path: Path, content: object, backbone: str | None, relations: Sequence[str] | None) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not isinstance(content.get("model_state_dict"), Mapping):
         raise ClassifierError("this is not a relation classifier: a published checkpoint is a dict with the entries "
                               "model_state_dict, config and rel_name_to_idx. Choose another file.")
-    training = content.get("training_config") or {}
-    training = dict(training if isinstance(training, Mapping) else vars(training))
+    training = content.get("training_config")
+    if not isinstance(training, (Mapping, argparse.Namespace, type(None))):
+        raise ClassifierError(f"the entry training_config is a {type(training).__name__} instead of a dict. The file is damaged "
+                              "or of an unknown kind; get it again.")
+    training = dict(vars(training) if isinstance(training, argparse.Namespace) else training or {})
     if not isinstance(content.get("config"), Mapping):
         raise ClassifierError("the entry config is missing. The file is damaged or of an unknown kind; get it again.")
     config = NetworkConfig.from_dict(_plain(content["config"]))
@@ -67,7 +80,7 @@ def _unpickle(path: Path) -> object:
         with _allowed_only(_harmless_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's readers raise on damaged bytes: there is no closed list
-        names = _foreign_names(path) if isinstance(error, pickle.UnpicklingError) else []
+        names = _foreign_names(path, str(error)) if isinstance(error, pickle.UnpicklingError) else []
         if not names:
             raise _broken(path, error) from error
         raise ClassifierError(f"the file holds code or a type that a classifier has no need of ({', '.join(names)}); "
@@ -93,8 +106,11 @@ def _allowed_only(types: list) -> Iterator[None]:
         torch.serialization.add_safe_globals([*before, *meanwhile])
 
 
-def _foreign_names(path: Path) -> list[str]:
-    """Names of code in the file's pickle, beside tensors and containers; read from its opcodes, for the message."""
+def _foreign_names(path: Path, refusal: str) -> list[str]:
+    """Names of code in the file's pickle, beside tensors and containers; read from its opcodes, for the message.
+
+    refusal: what torch said; a name that it speaks of counts whatever its module.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             pickled = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
@@ -107,7 +123,8 @@ def _foreign_names(path: Path) -> list[str]:
             names += _globals(stream)
     except (ValueError, IndexError, KeyError, UnicodeError):
         LOGGER.debug("What follows in %s is not a pickle.", path)
-    return [name for name in dict.fromkeys(names) if name.split(".")[0] not in _HARMLESS_MODULES][:3]
+    return [name for name in dict.fromkeys(names)
+            if name in refusal or name.split(".")[0] not in _HARMLESS_MODULES][:3]
 
 
 def _globals(stream: BinaryIO) -> Iterator[str]:
@@ -148,7 +165,7 @@ def _harmless_types() -> list:
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
     for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-        allowed.append((pathlib.PurePosixPath, f"pathlib.{kind}"))
+        allowed += [(pathlib.PurePosixPath, f"{module}.{kind}") for module in ("pathlib", "pathlib._local")]  # 3.13's name
     return allowed
 
 

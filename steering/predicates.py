@@ -9,6 +9,11 @@ VERTICAL = RELATIONS[:2]
 HORIZONTAL = RELATIONS[2:]
 
 
+def opposite(relation: str) -> str:
+    """Of the object to the subject. KeyError for other names than RELATIONS."""
+    return dict(zip(RELATIONS, (RELATIONS[1], RELATIONS[0], RELATIONS[3], RELATIONS[2]), strict=True))[relation]
+
+
 class RelationError(ValueError):
     """A relation that cannot be used; the message says what is wrong, where, and what to do."""
 

@@ -15,7 +15,7 @@ from ..steering.predicates import RELATIONS
 from .dataset import RelationDataset
 from .evaluation import BATCH, Evaluation, Item, evaluate
 from .storage import TrainingError
-from .trainer import Data, common_layout, read_split
+from .trainer import Data, check_splits, common_layout, read_split
 
 _AXES = torch.tensor([DIRECTIONS[relation] for relation in RELATIONS])
 _CPU = torch.device("cpu")
@@ -52,6 +52,7 @@ def calibrate(datasets: Sequence[RelationDataset], name: str = "geometric") -> G
     Its `training` has the accuracy on the test split (validation where there is none), also with all channels alike.
     """
     layout, steps, licence = common_layout(datasets)
+    check_splits(datasets)
     train = read_split(datasets, "train", steps.timesteps)
     if not train.samples:
         raise TrainingError("The dataset has no samples in its train split. Build it with pictures for training.")

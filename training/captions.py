@@ -28,8 +28,10 @@ class Inverted:
     """What inverting pictures under a caption each gives.
 
     maps: [B, steps, 2, channels, size, size] fp16 on the CPU, subject before object; psnr: of the reconstruction,
-    [B] in dB.
+    [B] in dB; unread: [B], where the text encoder does not know the caption's objects, so that the maps mean nothing
+    (empty: nowhere).
     """
 
     maps: Tensor
     psnr: Tensor
+    unread: tuple[bool, ...] = ()

@@ -91,8 +91,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=train)
     parser.add_argument("run_folder", type=Path, help="folder for state, charts and classifier")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="dataset folders")
-    parser.add_argument("--name", default="", help="name of the classifier (default: the folder's)")
-    parser.add_argument("--save", type=Path, help="copy the finished classifier to this .safetensors file")
+    parser.add_argument("--save", type=_classifier_file, help="copy the finished classifier to this .safetensors file, whose "
+                                                                "name is the classifier's")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,8 +111,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=calibrate_rule)
     parser.add_argument("data", type=Path, nargs="+", help="dataset folders")
-    parser.add_argument("--save", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--save", type=_classifier_file, required=True, help="the .safetensors file to write")
     parser.add_argument("--threads", type=int, help="of the CPU")
+
+
+def _classifier_file(text: str) -> Path:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .safetensors, or Relation Classifier Loader does not list it")
+    return Path(text)
 
 
 def build(given: argparse.Namespace) -> None:
@@ -170,7 +176,7 @@ def train(given: argparse.Namespace) -> None:
     settings = TrainingSettings.for_backbone(
         backbone, seed=given.seed, wrong_captions=not given.without_wrong_captions, without_nouns=nouns,
         mirror=given.mirror, **{name: value for name, value in changes.items() if value is not None})
-    run = TrainingRun(given.run_folder, datasets, settings, given.d_model, given.device, given.name)
+    run = TrainingRun(given.run_folder, datasets, settings, given.d_model, given.device)
     print(f"{len(run.chosen['train'])} training items, {len(run.chosen['validation'])} validation items, "
           f"{run.layout.channels} maps a word; {len(run.history)} epochs are there")
     classifier = run.run(_show_training)

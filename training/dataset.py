@@ -139,9 +139,10 @@ def _make_shard(members: Sequence[Candidate], source: Source, maker: MapMaker, s
         captions = [Caption(example.subject, relation, example.object)
                     for example, relation in zip(examples, relations, strict=True)]
         inverted = maker.invert(images, captions, seeds)
-        rows = zip(examples, relations, inverted.maps, inverted.psnr.tolist(), strict=True)
-        for example, relation, maps, quality in rows:
-            reason = _fault(maps, quality, maker.least_psnr)
+        rows = zip(examples, relations, inverted.maps, inverted.psnr.tolist(), inverted.unread or [False] * len(examples),
+                   strict=True)
+        for example, relation, maps, quality, unread in rows:
+            reason = "words not found by the text encoder" if unread else _fault(maps, quality, maker.least_psnr)
             if reason is not None:
                 drops.append(Drop(example.picture, reason))
                 continue
@@ -236,12 +237,20 @@ class RelationDataset:
     def read(self, split: str) -> tuple[list[Sample], list[Tensor]]:
         """Samples of a split and, in step, their maps: [steps, 2, channels, size, size] fp16 each."""
         samples, maps = [], []
-        for path in sorted((self.folder / "shards").glob(f"{split}-*.safetensors")):
-            shard = _read_shard(path)
-            if shard is None:
-                raise TrainingError(f"{path} is damaged. Delete it and go on with the command that built the dataset.")
+        for path, shard in self._shards(split):
             if shard.samples:
                 with safe_open(path, framework="pt") as file:
                     maps.extend(file.get_tensor("maps").unbind(0))
                 samples.extend(shard.samples)
         return samples, maps
+
+    def pictures(self, split: str) -> set[str]:
+        """Names of the pictures that a split has samples of."""
+        return {sample.picture for _, shard in self._shards(split) for sample in shard.samples}
+
+    def _shards(self, split: str) -> Iterator[tuple[Path, Shard]]:
+        for path in sorted((self.folder / "shards").glob(f"{split}-*.safetensors")):
+            shard = _read_shard(path)
+            if shard is None:
+                raise TrainingError(f"{path} is damaged. Delete it and go on with the command that built the dataset.")
+            yield path, shard

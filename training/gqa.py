@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..steering.predicates import RELATIONS, RelationError, parse_predicate
+from ..steering.predicates import RELATIONS, RelationError, opposite, parse_predicate
 from .sources import Box, Label, LabelledPictures, Quota, overlapping
 from .storage import TrainingError, read_json
 
@@ -80,7 +80,9 @@ def _labels(image: str, graph: Mapping, broader: Mapping[str, frozenset[str]],
             return "another object is a kind of it"
         return None
 
-    for pair, relations in _pairs(objects).items():
+    pairs = _pairs(objects)
+    held = {pair: relations | {opposite(name) for name in pairs.get(pair[::-1], ())} for pair, relations in pairs.items()}
+    for pair, relations in held.items():
         subject, other = (names[key] for key in pair)
         reason = ("several relations between the same two" if len(relations) > 1 else
                   "subject and object share their words" if overlapping(subject, other) else

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..classifiers.steps import PAPER_TIMESTEPS
 from ..steering.attention import AttentionMaps, LayerMaps, MapRecorder, WordColumns
 from ..steering.backbones import find_backbone
-from ..steering.tokens import CONDITIONING_KEY, encode_prompt
+from ..steering.tokens import CONDITIONING_KEY, TokenError, encode_prompt
 from .captions import Caption, Inverted
 from .storage import TrainingError
 
@@ -79,19 +79,24 @@ class Inverter:
     def describe(self) -> dict:
         """Everything that decides the maps, as JSON values."""
         settings = asdict(self.settings)
-        return {"backbone": self.backbone.name, "model": fingerprint(self.model),
+        return {"backbone": self.backbone.name, "model": fingerprint(self.model, self.clip, self.vae),
                 **settings, "timesteps": list(settings["timesteps"])}
 
     def invert(self, images: Tensor, captions: Sequence[Caption], seeds: Sequence[int]) -> Inverted:
         """images: [B, H, W, 3] from 0 to 1; one caption and one seed (of the rectified flow's noise) per picture.
 
-        Raises TokenError where a caption's words are not found in what the text encoder reads.
+        Captions whose words the text encoder does not keep come back as `unread`. Raises TokenError where the text encoder
+        is not the model's, TrainingError for pictures of a size that does not fit the VAE.
         """
+        unit = self.vae.spacial_compression_encode()
+        if images.shape[1] % unit or images.shape[2] % unit:
+            raise TrainingError(f"Pictures of {images.shape[2]} x {images.shape[1]} do not fit this VAE. Give a size that {unit} "
+                                "divides.")
         with torch.inference_mode():
             latents = self.vae.encode(images)
             noise = torch.cat([torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(seed))
                                for seed in seeds])
-            conditioning, weights = self._encode(captions)
+            conditioning, weights, unread = self._encode(captions)
             sampler = InversionSampler(self.settings, self.backbone, weights, self.check)
             sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"),
                                                      self.settings.scheduler, self.settings.steps)
@@ -102,24 +107,30 @@ class Inverter:
             guider.inner_set_conds({"positive": conditioning})
             restored = guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=seeds[0])
             pictures = self.vae.decode(restored)
-            return Inverted(torch.stack(sampler.maps, 1).half().clone(), psnr(pictures, images).clone())
+            return Inverted(torch.stack(sampler.maps, 1).half().clone(), psnr(pictures, images).clone(), unread)
 
-    def _encode(self, captions: Sequence[Caption]) -> tuple[list, Tensor]:
-        """One conditioning for the whole batch, and each word's share of the text tokens: [B, 2, tokens]."""
-        encoded, weights = [], []
+    def _encode(self, captions: Sequence[Caption]) -> tuple[list, Tensor, tuple[bool, ...]]:
+        """One conditioning for the whole batch, each word's share of the text tokens, [B, 2, tokens], and which captions'
+        words are not among them."""
+        encoded, weights, unread = [], [], []
         for caption in captions:
             tokens, details = encode_prompt(self.clip, caption.text)[0]
-            columns = details[CONDITIONING_KEY].columns((caption.subject, caption.object), self.backbone.streams,
-                                                        tokens.shape[1])
             encoded.append((tokens, details))
-            weights.append(columns.weights)
+            words = details[CONDITIONING_KEY]
+            words.columns((), self.backbone.streams, tokens.shape[1])  # another model's text encoder is no caption's fault
+            try:
+                weights.append(words.columns((caption.subject, caption.object), self.backbone.streams, tokens.shape[1]).weights)
+                unread.append(False)
+            except TokenError:
+                weights.append(torch.eye(tokens.shape[1])[:1].expand(len(WORDS), -1))  # any token: the maps are not kept
+                unread.append(True)
         if len({tokens.shape for tokens, _ in encoded}) > 1:
             raise TrainingError("The captions of one batch have different lengths in tokens. Use a batch of 1.")
         details = {key: torch.cat([other[key] for _, other in encoded]) if isinstance(value, Tensor) else value
                    for key, value in encoded[0][1].items() if key != CONDITIONING_KEY}
         if self.backbone.name == "mmdit":
             details["guidance"] = self.settings.guidance
-        return [[torch.cat([tokens for tokens, _ in encoded]), details]], torch.stack(weights)
+        return [[torch.cat([tokens for tokens, _ in encoded]), details]], torch.stack(weights), tuple(unread)
 
 
 class InversionSampler(comfy.samplers.Sampler):
@@ -219,11 +230,25 @@ def psnr(pictures: Tensor, originals: Tensor) -> Tensor:
     return -10 * error.clamp(min=1e-10).log10()
 
 
-def fingerprint(model) -> str:
-    """A cheap mark of a MODEL's weights and patches, to notice that a run goes on with another model."""
+def fingerprint(model, clip, vae) -> str:
+    """A cheap mark of weights, patches (a LoRA, its strength) and noise schedule, to notice that a run goes on with
+    another model."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.model.diffusion_model.state_dict().items()):
-        patched = f"diffusion_model.{name}" in model.patches  # may or may not be in the weights at the moment
-        values = [] if patched else weight.flatten()[:16].float().tolist()
-        digest.update(repr((name, tuple(weight.shape), values, patched)).encode())
+    for patcher in (model, clip.patcher, vae.patcher):
+        for name, weight in sorted(patcher.model.state_dict().items()):
+            patched = name in patcher.patches  # may or may not be in the weights at the moment
+            digest.update(repr((name, tuple(weight.shape), None if patched else _mark(weight))).encode())
+        digest.update(repr(sorted((name, _mark(patches)) for name, patches in patcher.patches.items())).encode())
+    digest.update(repr(_mark(model.get_model_object("model_sampling").sigmas)).encode())
     return digest.hexdigest()[:16]
+
+
+def _mark(value: object) -> object:
+    """What is alike for equal tensors, and for equal patches of the host: its tuples and adapters of tensors."""
+    if isinstance(value, Tensor):
+        return value.flatten()[:16].float().tolist()
+    if isinstance(value, (list, tuple)):
+        return [_mark(item) for item in value]
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    return [type(value).__name__, _mark(getattr(value, "weights", None))]

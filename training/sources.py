@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -87,14 +87,17 @@ class Quota:
             return SPLITS[0]
         return SPLITS[1] if place < self.shares[0] + self.shares[1] else SPLITS[2]
 
-    def choose(self, labels: Sequence[Label]) -> list[Candidate]:
-        """Candidates out of the labels, in an order and choice fixed by the seed; number: index of the label."""
+    def choose(self, labels: Sequence[Label], there: Container[str]) -> list[Candidate]:
+        """Candidates out of the labels whose picture is `there`, in an order and choice fixed by the seed; number: index of
+        the label."""
         order = list(range(len(labels)))
         random.Random(f"{self.seed}:order").shuffle(order)
         taken = dict.fromkeys(((split, relation) for split in SPLITS for relation in RELATIONS), 0)
         chosen = []
         for number in order:
             label = labels[number]
+            if label.picture not in there:
+                continue
             split = label.split or self.split_of(label.picture)
             limit = self.per_relation.get(split)
             if limit is None or taken[split, label.relation] < limit:
@@ -126,15 +129,20 @@ class LabelledPictures:
         self.labels, self.paths, self.size, self.quota, self.kind = labels, paths, size, quota, kind
         self.licence = licence
         _check_splits(labels)
+        self.missing = len({label.picture for label in labels} - paths.keys())
+        if self.missing and not any(label.picture in paths for label in labels):
+            raise TrainingError(f"None of the {self.missing} pictures that are labelled is in the folder, the first is "
+                                f"{labels[0].picture!r}. Choose the folder that holds them.")
 
     def describe(self) -> dict:
         digest = hashlib.sha256(repr(list(self.labels)).encode()).hexdigest()
-        return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest, "size": self.size,
+        return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest,
+                "missing_picture_files": self.missing, "size": self.size,
                 "per_relation": dict(self.quota.per_relation), "shares": list(self.quota.shares),
                 "seed": self.quota.seed}
 
     def candidates(self) -> list[Candidate]:
-        return self.quota.choose(self.labels)
+        return self.quota.choose(self.labels, self.paths)
 
     def open(self, candidates: Sequence[Candidate]) -> list[Example | Drop]:
         return [self._open(self.labels[candidate.number]) for candidate in candidates]
@@ -183,10 +191,11 @@ def square_around(size: tuple[int, int], boxes: tuple[Box, Box] | None) -> tuple
 def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str) -> LabelledPictures:
     """A folder of pictures and a CSV or JSON table with the columns file, subject, relation, object and maybe split.
 
-    file: relative to the folder. Raises TrainingError naming the row at fault.
+    file: relative to the folder. A row that is there twice counts once. Raises TrainingError naming the row at fault.
     """
     rows = _read_table(table)
-    labels, paths = [], {}
+    labels: list[Label] = []
+    paths, known = {}, {}
     for number, row in enumerate(rows, 2 if table.suffix.lower() == ".csv" else 1):
         place = f"{table.name}, row {number}"
         if not isinstance(row, Mapping):
@@ -198,14 +207,22 @@ def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str
         split = str(row.get("split") or "").strip() or None
         if split is not None and split not in SPLITS:
             raise TrainingError(f"{place}: split is {split!r}, but must be one of {', '.join(SPLITS)}, or empty.")
-        file = str(row["file"]).strip()
-        path = (folder / file).resolve()
+        path = (folder / str(row["file"]).strip()).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise TrainingError(f"{place}: {file!r} lies outside the folder {folder}.")
+            raise TrainingError(f"{place}: {row['file']!r} lies outside the folder {folder}.")
+        picture = path.relative_to(folder.resolve()).as_posix()  # one name for a file, however the table writes it
         if path.is_file():
-            paths[file] = path
-        labels.append(Label(file, str(row["subject"]).strip(), _one_relation(str(row["relation"]), place),
-                            str(row["object"]).strip(), split))
+            paths[picture] = path
+        subject, relation, other = str(row["subject"]).strip(), str(row["relation"]), str(row["object"]).strip()
+        if numbered := next((words for words in (subject, other) if "#" in words), None):
+            raise TrainingError(f"{place}: {numbered!r} cannot be found in a caption. Name the object in words alone.")
+        label = Label(picture, subject, _one_relation(relation, place), other, split)
+        before = known.setdefault((picture, subject.lower(), other.lower()), (place, label))
+        if before[1] is label:
+            labels.append(label)
+        elif (before[1].relation, before[1].split) != (label.relation, label.split):
+            raise TrainingError(f"{place}: of {subject!r} and {other!r} in {picture!r} it says something else than {before[0]}. "
+                                "Keep the row that is true.")
     if not labels:
         raise TrainingError(f"{table} has no rows.")
     return LabelledPictures(labels, paths, size, quota, "folder", licence)

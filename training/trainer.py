@@ -24,6 +24,7 @@ from ..classifiers.steps import StepMapping
 from ..steering.predicates import RELATIONS, VERTICAL
 from .dataset import RelationDataset, Sample
 from .evaluation import Evaluation, Item, evaluate, save_charts
+from .sources import SPLITS
 from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
 
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -134,7 +135,12 @@ class TrainingRun:
         self.config = paper_config(self.layout.backbone, num_timesteps=self.steps.num_timesteps,
                                    map_size=self.layout.size, **changes)
         self.name = name or folder.name
-        self.data = {split: read_split(datasets, split, self.steps.timesteps) for split in ("train", "validation", "test")}
+        check_splits(datasets)
+        self.data = {split: read_split(datasets, split, self.steps.timesteps) for split in SPLITS}
+        nouns = {noun for data in self.data.values() for sample in data.samples for noun in (sample.subject, sample.object)}
+        if unknown := set(settings.without_nouns) - nouns:
+            raise TrainingError(f"Objects to hold out that no picture shows: {', '.join(sorted(unknown))}. The dataset has "
+                                f"{', '.join(sorted(nouns)[:20])}.")
         self.chosen = {split: self._choose(self.data[split]) for split in ("train", "validation")}
         for split, items in self.chosen.items():
             if not items:
@@ -301,6 +307,25 @@ def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepM
     channels, size, normalise, backbone, timesteps, steps = kind(filled[0])
     licences = dict.fromkeys(dataset.manifest["licence"] for dataset in filled)
     return MapLayout(size, normalise, channels, backbone), StepMapping(timesteps, steps), "; ".join(licences)
+
+
+def check_splits(datasets: Sequence[RelationDataset]) -> None:
+    """Raises TrainingError where a picture is on one side in one dataset and on another in the next.
+
+    GQA's ids are the same everywhere; of tables only equal ones are known to speak of the same pictures.
+    """
+    known: dict[tuple, tuple[str, Path]] = {}
+    for dataset in datasets:
+        source = dataset.manifest["source"]
+        kind = (source["kind"], source.get("labels_sha256") if source["kind"] == "folder" else source.get("seed"))
+        if source["kind"].startswith("GQA"):
+            kind = ("GQA",)
+        for split in SPLITS:
+            for picture in dataset.pictures(split):
+                there, folder = known.setdefault((*kind, picture), (split, dataset.folder))
+                if there != split:
+                    raise TrainingError(f"Picture {picture!r} is for {there} in {folder} and for {split} in {dataset.folder}. "
+                                        "Build both with the same seed and shares, or train on one of them.")
 
 
 def read_split(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:

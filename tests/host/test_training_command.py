@@ -22,7 +22,7 @@ def test_build_and_train(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command.main(["build", str(data), *BUILD]) == 0
     assert "train: 8 samples of 4 pictures" in capsys.readouterr().out
     training = ["train", str(run), "--data", str(data), "--d-model", "32", "--epochs", "2", "--save", str(saved),
-                "--without-wrong-captions", "--without-nouns", "dog"]
+                "--without-wrong-captions", "--without-nouns", "zebra"]
     assert command.main(training) == 0
     assert "said_the_captions_word" in capsys.readouterr().out
     classifier = checkpoint.load_classifier(saved)
@@ -51,6 +51,12 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path, capsys: pytes
     monkeypatch.setattr(command, "_bar", original)
     assert command.main(["build", str(tmp_path), *BUILD]) == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["splits"]["test"]["pictures"] == 4
+
+
+def test_a_file_that_the_loader_would_not_list_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["train", str(tmp_path), "--data", str(tmp_path), "--save", "mine.pth"])
+    assert "'mine.pth' must end in .safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

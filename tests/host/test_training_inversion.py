@@ -1,6 +1,7 @@
 """Inversion through the host's models: pictures come back, and the maps are those of each picture's own words."""
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ load_pack()
 
 import comfy.model_base  # noqa: E402  (the host must be on the path first)
 import comfy.model_patcher  # noqa: E402
+import comfy.weight_adapter  # noqa: E402
 from comfy.sd1_clip import SD1Tokenizer  # noqa: E402
 from tiny import unet_patcher  # noqa: E402
 from tiny_flux import tiny_flux  # noqa: E402
@@ -26,12 +28,19 @@ checkpoint = importlib.import_module("learn_to_steer.classifiers.checkpoint")
 CAPTIONS = [captions.Caption("dog", "above", "cat"), captions.Caption("teddy bear", "to the left of", "apple")]
 
 
+def patcher_of(weight: torch.Tensor):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return comfy.model_patcher.ModelPatcher(module, torch.device("cpu"), torch.device("cpu"))
+
+
 class TinyClip:
     """The host's tokenizer, with random embeddings."""
 
     def __init__(self) -> None:
         self.tokenizer = SD1Tokenizer()
         self.table = torch.randn(49408, 32, generator=torch.Generator().manual_seed(1))
+        self.patcher = patcher_of(self.table)
 
     def tokenize(self, text: str) -> dict:
         return self.tokenizer.tokenize_with_weights(text)
@@ -43,6 +52,12 @@ class TinyClip:
 
 class TinyVae:
     """Latents of the picture's own size: its colours and their mean."""
+
+    def __init__(self, unit: int = 1) -> None:
+        self.patcher, self.unit = patcher_of(torch.zeros(1)), unit
+
+    def spacial_compression_encode(self) -> int:
+        return self.unit
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         colours = images.movedim(-1, 1) * 2 - 1
@@ -152,7 +167,7 @@ def test_from_small_world_pictures_to_a_classifier_file(tmp_path: Path) -> None:
     assert manifest["splits"]["train"]["samples"] == 16 and manifest["splits"]["train"]["wrong_caption"] == 8
     assert manifest["splits"]["train"]["psnr_mean"] > 25
     assert manifest["channels"] == 22 and manifest["maps"]["backbone"] == "unet"
-    settings = trainer.TrainingSettings(epochs=2, batch=16, without_nouns=("dog",))
+    settings = trainer.TrainingSettings(epochs=2, batch=16, without_nouns=("zebra",))
     run = trainer.TrainingRun(tmp_path / "run", [dataset.RelationDataset(tmp_path / "data")], settings, 32)
     trained = run.run()
     loaded = checkpoint.load_classifier(tmp_path / "run" / trainer.CLASSIFIER_FILE)
@@ -160,8 +175,8 @@ def test_from_small_world_pictures_to_a_classifier_file(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {
         "loss.png", "accuracy.png", "confusion.png", "per_step.png", "training.json"}
     used = {sample.picture for sample in (run.data["train"].samples[item.row] for item in run.chosen["train"])}
-    with_dog = {sample.picture for sample in run.data["train"].samples if "dog" in (sample.subject, sample.object)}
-    assert not used & with_dog
+    with_it = {sample.picture for sample in run.data["train"].samples if "zebra" in (sample.subject, sample.object)}
+    assert with_it and used and not used & with_it
 
 
 def test_a_dataset_of_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -170,6 +185,49 @@ def test_a_dataset_of_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
         dataset.build_dataset(tmp_path, source, stopped(inverter(tiny_unet("eps"))))
     with pytest.raises(storage.TrainingError, match="other settings .maps"):
         dataset.build_dataset(tmp_path, source, inverter(tiny_unet("eps"), iterations=3))
+
+
+def with_lora(patcher, strength: float, seed: int = 0):
+    """A clone with a patch on its first matrix, as the host's LoRA loader makes one."""
+    name = next(key for key, weight in patcher.model.state_dict().items() if weight.ndim == 2)
+    shape = patcher.model.state_dict()[name].shape
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator), None, None, None, None
+    patched = patcher.clone()
+    assert patched.add_patches({name: comfy.weight_adapter.LoRAAdapter({name}, weights)}, strength) == [name]
+    return patched
+
+
+def test_another_lora_strength_text_encoder_or_vae_is_another_model() -> None:
+    model, clip, vae = tiny_unet("eps"), TinyClip(), TinyVae()
+    other_clip, other_vae = TinyClip(), TinyVae()
+    other_clip.patcher = with_lora(clip.patcher, 1.0)
+    other_vae.patcher = patcher_of(torch.ones(1))
+    marks = [inversion.fingerprint(*given) for given in (
+        (model, clip, vae), (with_lora(model, 1.0), clip, vae), (with_lora(model, 0.1), clip, vae),
+        (with_lora(model, 1.0, 1), clip, vae), (model, other_clip, vae), (model, clip, other_vae), (tiny_unet("v"), clip, vae))]
+    assert marks[-1] == marks[0]  # eps or v-prediction share weights and schedule
+    assert len(set(marks[:-1])) == len(marks) - 1
+    assert inversion.fingerprint(with_lora(model, 0.1), TinyClip(), TinyVae()) == marks[2]
+
+
+def test_a_caption_that_the_text_encoder_does_not_keep_is_dropped(tmp_path: Path) -> None:
+    class TwoPictures(small_world.DrawnScenes):
+        def open(self, candidates):
+            made = super().open(candidates)
+            return [dataclasses.replace(made[0], image=pictures()[0], subject="dog#2"),
+                    *(dataclasses.replace(item, image=pictures()[1]) for item in made[1:])]
+
+    tool = inverter(tiny_unet("eps"), least_psnr=0.0)
+    manifest = dataset.build_dataset(tmp_path, TwoPictures({"train": 1}), tool, batch=4)
+    assert manifest["splits"]["train"]["dropped"] == {"words not found by the text encoder": 2}
+    assert manifest["splits"]["train"]["samples"] == 6
+
+
+def test_a_size_that_the_vae_cannot_bring_back_is_an_error() -> None:
+    tool = inversion.Inverter(tiny_unet("eps"), TinyClip(), TinyVae(8), inversion.InversionSettings.for_backbone("unet", 10))
+    with pytest.raises(storage.TrainingError, match="Pictures of 20 x 20.*size that 8 divides"):
+        tool.invert(torch.zeros(1, 20, 20, 3), CAPTIONS[:1], [0])
 
 
 def stopped(tool):

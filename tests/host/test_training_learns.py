@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_pack import pack
 
-captions, dataset, sources, trainer = (pack(f"training.{name}") for name in ("captions", "dataset", "sources", "trainer"))
+captions, dataset, sources, storage, trainer = (pack(f"training.{name}") for name in (
+    "captions", "dataset", "sources", "storage", "trainer"))
 SPOTS = {"above": (3, 8, 12, 8), "below": (12, 8, 3, 8), "to the left of": (8, 3, 8, 12), "to the right of": (8, 12, 8, 3)}
 """Row and column of the subject's spot, then of the object's."""
 
@@ -60,6 +61,51 @@ def test_a_few_epochs_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = trainer.TrainingRun(tmp_path / "run", [dataset.RelationDataset(tmp_path / "data")], settings, 64, name="spots")
     run.run()
     assert run.history[-1].validation_accuracy > 0.9
+
+
+class OtherSplits(Spots):
+    """The same pictures, some of which lie in another split."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def describe(self) -> dict:
+        return {"kind": self.kind, "labels_sha256": self.kind}
+
+    def candidates(self) -> list:
+        return [sources.Candidate(f"p{number}", "test" if number % 3 == 0 else "train", number) for number in range(9)] + [
+            sources.Candidate("v", "validation", 0)]
+
+
+class Splits(OtherSplits):
+    def candidates(self) -> list:
+        return [sources.Candidate(f"p{number}", "train", number) for number in range(9)] + [
+            sources.Candidate("v", "validation", 0)]
+
+
+@pytest.mark.parametrize("kind", ["GQA scene graphs", "folder"])
+def test_a_picture_on_two_sides_of_two_datasets_is_an_error(tmp_path: Path, kind: str) -> None:
+    for name, source in (("a", Splits(kind)), ("b", OtherSplits(kind))):
+        dataset.build_dataset(tmp_path / name, source, SpotMaps(), batch=8)
+    pair = [dataset.RelationDataset(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(storage.TrainingError, match="Picture 'p[036]' is for train in .*a and for test in .*b"):
+        trainer.TrainingRun(tmp_path / "run", pair, trainer.TrainingSettings(epochs=1), 32)
+    trainer.TrainingRun(tmp_path / "run", pair[:1], trainer.TrainingSettings(epochs=1), 32)
+
+
+def test_tables_may_use_the_same_file_names_for_other_pictures(tmp_path: Path) -> None:
+    first, second = Splits("folder"), OtherSplits("folder")
+    second.describe = lambda: {"kind": "folder", "labels_sha256": "another table"}
+    for name, source in (("a", first), ("b", second)):
+        dataset.build_dataset(tmp_path / name, source, SpotMaps(), batch=8)
+    trainer.check_splits([dataset.RelationDataset(tmp_path / name) for name in ("a", "b")])
+
+
+def test_holding_out_what_no_picture_shows_is_an_error(tmp_path: Path) -> None:
+    dataset.build_dataset(tmp_path / "data", Splits("folder"), SpotMaps(), batch=8)
+    settings = trainer.TrainingSettings(epochs=1, without_nouns=("Dog",))
+    with pytest.raises(storage.TrainingError, match="no picture shows: Dog. The dataset has cat, dog"):
+        trainer.TrainingRun(tmp_path / "run", [dataset.RelationDataset(tmp_path / "data")], settings, 32)
 
 
 class MixedMaps(SpotMaps):

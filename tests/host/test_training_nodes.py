@@ -12,6 +12,7 @@ from standalone import load_pack
 load_pack()
 
 import comfy.model_management  # noqa: E402  (the host must be on the path first)
+import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import tiny  # noqa: E402
 
@@ -75,6 +76,40 @@ def test_queued_again_it_goes_on(world: tuple, folders: Path) -> None:
         build(world)
     assert not (folders / "output" / "relation_datasets" / "tiny" / "manifest.json").exists()
     assert build(world).args[0].channels == 22
+
+
+class Bar:
+    """In the place of the host's progress bar: what was reported, and an interrupt after some reports."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.reports: list[tuple[int, int]] = []
+        self.stop_after = stop_after
+
+    def __call__(self, total: int):
+        return self
+
+    def update_absolute(self, value: int, total: int) -> None:
+        self.reports.append((value, total))
+        if len(self.reports) == self.stop_after:
+            comfy.model_management.interrupt_current_processing(True)
+
+
+def test_progress_and_an_interrupt_in_the_midst_of_training(world: tuple, folders: Path, monkeypatch) -> None:
+    building = Bar()
+    monkeypatch.setattr(comfy.utils, "ProgressBar", building)
+    dataset, _ = build(world).args
+    assert building.reports == [(4, 12), (8, 12), (12, 12)]
+    undisturbed = train(dataset, name="undisturbed", epochs=3, batch=8).args[0]
+    per_epoch = 8 * 2 // 8  # 8 samples at 2 steps, 8 maps a batch
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar(stop_after=per_epoch + 1))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(dataset, epochs=3, batch=8)
+    again = Bar()
+    monkeypatch.setattr(comfy.utils, "ProgressBar", again)
+    trained = train(dataset, epochs=3, batch=8).args[0]
+    assert again.reports == [(number, 3 * per_epoch) for number in range(per_epoch + 1, 3 * per_epoch + 1)]
+    for name, weight in undisturbed.network.state_dict().items():
+        assert torch.equal(weight, trained.network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("changes", "message"), [

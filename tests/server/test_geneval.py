@@ -98,7 +98,8 @@ HOLDS = {"left of": lambda a, b: a[0] < b[0], "right of": lambda a, b: a[0] > b[
 
 
 @pytest.mark.parametrize(("prompt", "right", "wrong"), [
-    ("a photo of a dog to the left of a teddy bear", {"dog": (0, 0), "teddy bear": (1, 0)}, {"dog": (1, 0), "teddy bear": (0, 0)}),
+    ("a photo of a dog to the left of a teddy bear", {"dog": (0, 0), "teddy bear": (1, 0)},
+     {"dog": (1, 0), "teddy bear": (0, 0)}),
     ("a dog above a cat to the left of a car", {"dog": (0, 0), "cat": (0, 1), "car": (1, 1)},
      {"dog": (0, 0), "cat": (2, 1), "car": (1, 1)}),
     ("a dog above a cat and a car to the left of a tree", {"dog": (0, 0), "cat": (0, 1), "car": (0, 0), "tree": (1, 0)},

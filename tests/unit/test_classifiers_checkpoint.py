@@ -128,6 +128,7 @@ def test_weights_that_the_config_switches_off_are_ignored(tmp_path, change):
 @pytest.mark.parametrize(("backbone", "name", "training", "expected"), [
     ("unet", "sd2.pth", {}, MapLayout(16, "always", 195, "unet", 1368)),
     ("unet", "sd14.pth", {}, MapLayout(16, "always", 128, "unet", 1368)),
+    ("unet", "stable-diffusion-2-1.pth", {}, MapLayout(16, "always", 195, "unet", 1368)),
     ("unet", "any.pth", {"orig_map_size": 64}, MapLayout(16, "always", None, "unet", 1368)),
     ("unet", "any.pth", {"orig_map_size": 16}, MapLayout(16, "always", None, "unet", 1368)),
     ("unet", "any.pth", {"model_name": "sd2"}, MapLayout(16, "always", 195, "unet", 1368)),
@@ -242,6 +243,38 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, store, place):
     assert trace.exists()  # the trap itself works
 
 
+class Call:
+    """Calls a function of a module that is known as harmless when unpickled by an ordinary unpickler."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(("bad", "name"), [
+    (lambda trace: Call(numpy.testing._private.utils.runstring, f"open({str(trace)!r}, 'w')", {}),
+     "numpy.testing._private.utils.runstring"),
+    (lambda trace: Call(pathlib.Path.touch, pathlib.Path(trace)), "getattr"),
+    (lambda trace: torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+])
+def test_code_of_known_modules_is_named_too(tmp_path, bad, name):
+    trace = tmp_path / "was_run"
+    path = write(tmp_path, published(extra=bad(trace)))
+    refused(path, f"holds code or a type.*{name}.*nothing of it was run")
+    assert not trace.exists()
+
+
+def test_paths_of_python_3_13_load(tmp_path):
+    torch.save(published(), tmp_path / "old.pth")
+    with zipfile.ZipFile(tmp_path / "old.pth") as old, zipfile.ZipFile(tmp_path / "sd2.pth", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"cpathlib\n", b"cpathlib._local\n"))
+    assert b"cpathlib._local\n" in (tmp_path / "sd2.pth").read_bytes()
+    assert load_classifier(tmp_path / "sd2.pth").training["out"] == "runs/1"
+
+
 def test_code_under_a_safetensors_name_is_refused_and_not_run(tmp_path):
     path, trace = tmp_path / "sd2.safetensors", tmp_path / "was_run"
     path.write_bytes(pickle.dumps(Malicious(trace)))
@@ -308,6 +341,10 @@ QUERY, LAST = "object_extractor.query_vector", "relation_classifier.fc.8.bias"
     (lambda c: {**c, "training_config": {"timesteps": [5, 60], "num_timesteps": 50}}, "within a schedule of 50 steps"),
     (lambda c: {**c, "training_config": {"num_timesteps": 28}}, "for a schedule of 28 steps there is no default"),
     (lambda c: {**c, "training_config": {"timesteps": "often"}}, "training_config.timesteps is damaged"),
+    (lambda c: {**c, "training_config": "often"}, "training_config is a str instead of a dict"),
+    (lambda c: {**c, "training_config": torch.zeros(2)}, "training_config is a Tensor instead of a dict"),
+    (lambda c: {**c, "training_config": {"timesteps": [float("inf")]}}, "an entry of the file has another type"),
+    (lambda c: {**c, "rel_name_to_idx": {"above": float("inf")}}, "an entry of the file has another type"),
     (lambda c: {**c, "training_config": {"timesteps": [99], "num_timesteps": 100}}, "step embeddings only for 0 to 49"),
     (lambda c: {**c, "model_state_dict": without(c["model_state_dict"], QUERY)}, f"missing: {QUERY}"),
     (lambda c: {**c, "model_state_dict": {**c["model_state_dict"], "lm_head.weight": torch.zeros(2)}},

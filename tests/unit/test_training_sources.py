@@ -63,9 +63,32 @@ def test_gqa_keeps_clear_relations_and_says_what_it_skips(tmp_path: Path) -> Non
 
 
 def test_gqa_without_a_word_list_keeps_is_a_pairs(tmp_path: Path) -> None:
+    picture(tmp_path / "2407892.png")
     source, _ = gqa.read_gqa(gqa_file(tmp_path, GRAPHS), tmp_path, 32, sources.Quota())
     assert "man" in {label.subject for label in source.labels}
-    assert {item.reason for item in source.open(source.candidates())} == {"picture file is missing"}
+    assert [candidate.picture for candidate in source.candidates()] == ["2407892"]
+    assert source.describe()["missing_picture_files"] == 2
+
+
+def test_gqa_relations_that_contradict_each_other_both_ways_are_left_out(tmp_path: Path) -> None:
+    picture(tmp_path / "1.jpg")
+    picture(tmp_path / "2.jpg")
+    graphs = {"1": {"objects": {"1": thing("cup", 5, 1, ("above", "2")), "2": thing("plate", 30, 30, ("to the right of", "1"))}},
+              "2": {"objects": {"1": thing("cup", 5, 1, ("above", "2")), "2": thing("plate", 30, 30, ("below", "1"))}}}
+    source, skipped = gqa.read_gqa(gqa_file(tmp_path, graphs), tmp_path, 32, sources.Quota())
+    assert {label.picture for label in source.labels} == {"2"} and len(source.labels) == 2
+    assert skipped == {"several relations between the same two": 2}
+
+
+def test_only_pictures_that_are_there_count_for_the_quota(tmp_path: Path) -> None:
+    labels = [sources.Label(f"p{number}", "dog", "above", "cat", "train") for number in range(50)]
+    paths = {f"p{number}": tmp_path for number in range(20)}
+    source = sources.LabelledPictures(labels, paths, 16, sources.Quota({"train": 12}), "folder", "")
+    assert len(source.candidates()) == 12 and {candidate.picture for candidate in source.candidates()} <= set(paths)
+    fuller = sources.LabelledPictures(labels, {**paths, "p30": tmp_path}, 16, sources.Quota({"train": 12}), "folder", "")
+    assert fuller.describe() != source.describe()  # so that a resumed build notices files that came later
+    with pytest.raises(storage.TrainingError, match="None of the 50 pictures.*the first is 'p0'"):
+        sources.LabelledPictures(labels, {}, 16, sources.Quota(), "folder", "")
 
 
 @pytest.mark.parametrize("content", [[], {"1": {"width": 1}}, {"1": {"objects": {"2": {"name": "dog"}}}}])
@@ -90,14 +113,25 @@ def test_a_folder_with_a_table(tmp_path: Path, kind: str) -> None:
     opened = {item.picture: item for item in source.open(source.candidates())}
     assert (opened["a.png"].relation, opened["a.png"].image.shape) == ("to the left of", (16, 16, 3))
     assert opened["broken.png"].reason == "picture file cannot be read"
-    assert opened["gone.png"].reason == "picture file is missing"
+    assert "gone.png" not in opened and source.describe()["missing_picture_files"] == 1
     assert source.licence == "CC0"
+
+
+def test_a_file_has_one_name_and_a_row_counts_once(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("file,subject,relation,object\na.png,dog,above,cat\n./a.png,cat,below,dog\na.png,Dog,over,cat\n")
+    source = sources.read_folder(tmp_path, table, 16, sources.Quota(), "")
+    assert [(label.picture, label.subject) for label in source.labels] == [("a.png", "dog"), ("a.png", "cat")]
+    table.write_text(table.read_text() + "./a.png,dog,left of,cat\n")
+    with pytest.raises(storage.TrainingError, match="row 5: of 'dog' and 'cat' in 'a.png'.*than labels.csv, row 2"):
+        sources.read_folder(tmp_path, table, 16, sources.Quota(), "")
 
 
 @pytest.mark.parametrize(("row", "message"), [
     ("a.png,dog,beside,cat,", "row 2.*beside"), ("a.png,dog,above and to the left of,cat,", "diagonal"),
     ("a.png,,above,cat,", "subject is missing"), ("../a.png,dog,above,cat,", "outside the folder"),
-    ("a.png,dog,above,cat,half", "split"),
+    ("a.png,dog,above,cat,half", "split"), ("a.png,dog#2,above,cat,", "row 2: 'dog#2' cannot be found in a caption"),
 ])
 def test_a_wrong_row_is_named(tmp_path: Path, row: str, message: str) -> None:
     table = tmp_path / "labels.csv"
@@ -106,10 +140,13 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: str, message: str) -> None:
         sources.read_folder(tmp_path, table, 16, sources.Quota(), "")
 
 
+EVERYTHING = {f"p{number}" for number in range(40)}
+
+
 def test_no_picture_is_on_two_sides() -> None:
     labels = [sources.Label(f"p{number % 40}", "dog", relation, "cat") for number, relation in
               enumerate(sources.RELATIONS * 50)]
-    chosen = sources.Quota({"train": 10, "validation": 3, "test": None}).choose(labels)
+    chosen = sources.Quota({"train": 10, "validation": 3, "test": None}).choose(labels, EVERYTHING)
     sides: dict[str, set] = {}
     for candidate in chosen:
         sides.setdefault(candidate.picture, set()).add(candidate.split)
@@ -117,7 +154,7 @@ def test_no_picture_is_on_two_sides() -> None:
     counts = [sum(c.split == "train" and labels[c.number].relation == relation for c in chosen)
               for relation in sources.RELATIONS]
     assert counts == [10, 10, 10, 10]
-    assert chosen == sources.Quota({"train": 10, "validation": 3, "test": None}).choose(labels)
+    assert chosen == sources.Quota({"train": 10, "validation": 3, "test": None}).choose(labels, EVERYTHING)
 
 
 def test_one_picture_given_to_two_splits_is_an_error() -> None:
