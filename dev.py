@@ -32,7 +32,7 @@ PASSING_ON = ("test", "run", "bench")  # commands whose unknown words go to anot
 
 
 def command_run(env: Environment, arguments: argparse.Namespace) -> int:
-    return env.call(*arguments.rest)
+    return env.call(*arguments.rest, here=True)
 
 
 def command_test(env: Environment, arguments: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def command_test(env: Environment, arguments: argparse.Namespace) -> int:
 
 
 def command_bench(env: Environment, arguments: argparse.Namespace) -> int:
-    return env.call("-m", f"benchmarks.{arguments.what}", *arguments.rest)
+    return env.call("-m", f"benchmarks.{arguments.what}", *arguments.rest, here=True)
 
 
 def command_serve(env: Environment, arguments: argparse.Namespace) -> int:

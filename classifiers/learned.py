@@ -32,7 +32,8 @@ class LearnedClassifier(RelationClassifier):
             self.network = copy.deepcopy(network).eval().requires_grad_(False)
 
     def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
-        """[B, C, size, size] twice, progress [B] -> [B, relations], float32. See RelationClassifier.logits."""
+        """[B, C, size, size] twice, progress [B] -> [B, relations], float32 or the network's float64. See
+        RelationClassifier.logits."""
         check_maps(self, subject, object)
         channels, most = subject.shape[1], self.layout.max_channels
         if channels != (self.layout.channels or channels) or channels > (most or channels):
@@ -41,7 +42,8 @@ class LearnedClassifier(RelationClassifier):
                                   "a classifier trained for this model.")
         weight = self.network.relation_classifier.projection.weight
         steps = self.steps.index(progress.expand(len(subject)).to(weight.device))
-        return self.network(subject.to(weight), object.to(weight), steps).float()
+        found = self.network(subject.to(weight), object.to(weight), steps)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def to(self, device: torch.device | str) -> LearnedClassifier:
         """Moves itself."""

@@ -50,10 +50,15 @@ class Environment:
         self.host = host
         self.pinned = pinned
 
-    def call(self, *arguments: str) -> int:
-        """Runs Python in the repository's folder until it ends; also when we are stopped, so that it can clean up."""
+    def call(self, *arguments: str, here: bool = False) -> int:
+        """Runs Python with the repository's modules until it ends; also when we are stopped, so that it can clean up.
+
+        here: where the user is, so that relative paths are theirs, instead of in the repository.
+        """
         variables = {**child_variables(), "COMFYUI_PATH": str(self.host)}
-        process = subprocess.Popen([str(self.python), *arguments], env=variables, cwd=ROOT)
+        if here:
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen([str(self.python), *arguments], env=variables, cwd=None if here else ROOT)
         try:
             return process.wait()
         except BaseException as stop:

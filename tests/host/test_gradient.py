@@ -57,12 +57,13 @@ class Checked(SteeringSession):
                 self.results.append(((gradient * direction).sum().item(), difference))
 
 
-def check(scene: Scene, recompute: bool, model=None, **options):
+def check(scene: Scene, recompute: bool, model=None, classifier=None, compactness: float = SteeringSettings.compactness,
+          **options):
     """(claimed, measured) directional derivatives of every steered step, and the gradients."""
     results, gradients = [], []
 
     def open_session(guider, sigmas):
-        session = Checked(guider, sigmas, scene.steering(recompute=recompute))
+        session = Checked(guider, sigmas, scene.steering(classifier, recompute=recompute, compactness=compactness))
         session.results, session.gradients = results, gradients
         return session
 

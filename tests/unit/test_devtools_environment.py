@@ -43,6 +43,15 @@ def test_existing_installation_brings_its_python():
         found.need("json", "no_such_module")
 
 
+def test_relative_paths_are_the_users(tmp_path):
+    (tmp_path / "words.txt").write_text("a dog beside a cat\n")
+    words = ["bench", "geneval", "--server", "http://127.0.0.1:9", "--workflow", "none.json", "--prompts", "words.txt",
+             "--out", "x"]
+    run = subprocess.run([sys.executable, str(environment.ROOT / "dev.py"), *words, "--comfyui", os.environ["COMFYUI_PATH"],
+                          "--python", sys.executable], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and "words.txt, line 1: no relation was found" in run.stdout, run.stdout + run.stderr
+
+
 def test_failing_step_shows_its_output(tmp_path):
     with pytest.raises(Failure, match="(?s)a step: failed. A hint..*out of luck"):
         step("a step", [sys.executable, "-c", "import sys; sys.exit('out of luck')"], tmp_path / "log", tmp_path,

@@ -1,0 +1,73 @@
+"""The learned classifier in front of the host's UNet: its gradient, and a file as the paper's authors publish it."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Scene
+from learn_to_steer.classifiers.base import ClassifierError
+from learn_to_steer.classifiers.checkpoint import load_classifier, save_classifier
+from learn_to_steer.classifiers.network import RelationNetwork, paper_config
+from learn_to_steer.steering.sampling import apply_steering
+from test_gradient import assert_agree, build, check
+
+RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
+PAPER = {"update_rule": "raw gradient", "step_size": 5.0, "relations_per_update": "one", "compactness": 0.0, "end": 0.5,
+         "max_updates": 3, "stop_probability": 1.0}
+
+
+def published(folder: Path, name: str, backbone: str = "unet", channels: int = 1368) -> Path:
+    """A checkpoint in the published form (paper.md, "Published checkpoints") with random weights.
+
+    The first layer is made strong enough for maps whose cells are about 1/256, as training makes it.
+    """
+    torch.manual_seed(0)
+    config = paper_config(backbone, d_model=32)
+    network = RelationNetwork(config, channels, len(RELATIONS))
+    with torch.no_grad():
+        network.object_extractor.input_projection.weight.mul_(300)
+        network.object_extractor.output_projection.weight.mul_(5)
+    path = folder / name
+    torch.save({"model_state_dict": network.state_dict(), "input_channels": channels, "config": config.to_dict(),
+                "rel_name_to_idx": {relation: index for index, relation in enumerate(RELATIONS)},
+                "idx_to_rel_name": dict(enumerate(RELATIONS)),
+                "training_config": {"timesteps": [5, 10, 15, 20, 25, 49], "num_timesteps": 50, "orig_map_size": 32}}, path)
+    return path
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
+def test_its_gradient_agrees_with_finite_differences(tmp_path: Path, recompute: bool):
+    classifier = load_classifier(published(tmp_path, "any.pth"))
+    classifier.network.double()
+    results, gradients = check(build("sd2", torch.float64), recompute, classifier=classifier, compactness=0.0)
+    assert_agree(results, 1e-5)
+    assert min(gradient.norm() for gradient in gradients) > 1e-3
+
+
+def test_a_published_file_steers_and_does_so_alike_when_converted(tmp_path: Path):
+    scene = Scene()
+    with torch.inference_mode():  # as the host's nodes load it
+        source = load_classifier(published(tmp_path, "any.pth"))
+        save_classifier(tmp_path / "converted.safetensors", source)
+        converted = load_classifier(tmp_path / "converted.safetensors")
+    plain, made = scene.sample(), []
+    for classifier in (source, converted):
+        patched, runs = apply_steering(scene.model, scene.steering(classifier=classifier, **PAPER))
+        made.append(scene.sample(patched))
+        records = runs.last.report.records
+        assert [record.outcome for record in records] == ["moved"] * len(records) and len(records) >= PAPER["max_updates"]
+        losses = [record.loss[0] for record in records if record.step == 0]
+        assert losses[-1] < losses[0]
+    assert not torch.equal(made[0], plain)
+    assert torch.equal(made[0], made[1])
+
+
+@pytest.mark.parametrize(("name", "backbone", "message"), [
+    ("sd2.pth", "unet", "195 maps.*this model gives 14"), ("flux_dev.pth", "mmdit", "1368 maps of a FLUX model"),
+])
+def test_a_published_file_of_another_model_is_refused(tmp_path: Path, name: str, backbone: str, message: str):
+    scene = Scene()
+    steering = scene.steering(classifier=load_classifier(published(tmp_path, name, backbone)), **PAPER)
+    with pytest.raises(ClassifierError, match=message):
+        scene.sample(apply_steering(scene.model, steering)[0])
