@@ -163,6 +163,7 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
     rows = []
     for combination in itertools.product(*axes):
         steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
+        steering = {n: float(v) if isinstance(getattr(usual, n), float) else v for n, v in steering.items()}
         geometry = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
         way = Way(learned or GeometricClassifier(GeometricSettings(**geometry)), dataclasses.replace(usual, **steering))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination), way, prompts, group))

@@ -67,12 +67,15 @@ def record(prompt: str) -> dict[str, Any]:
     if not relations:
         raise GenevalError(f"no relation was found in {prompt!r}; its pictures would all count as right. Write one of "
                            f"{', '.join(SHORT)}, or give GenEval's own JSONL file.")
+    named: dict[str, str] = {}
+    for phrase in (phrase for relation in relations for phrase in (relation.subject, relation.object)):
+        words = split_occurrence(phrase)[0]
+        if named.setdefault(words.lower(), phrase) != phrase:
+            raise GenevalError(f"{prompt!r} has two of {words!r}, which GenEval's evaluator does not tell apart. Leave the "
+                               "line out.")
     include: list[dict[str, Any]] = []
     for relation in relations:
         subject, thing = (split_occurrence(phrase)[0] for phrase in (relation.subject, relation.object))
-        if subject.lower() == thing.lower():
-            raise GenevalError(f"{prompt!r} has two of {thing!r}, which GenEval's evaluator does not tell apart. Leave the "
-                               "line out.")
         classes = [clause["class"] for clause in include]
         if thing not in classes:
             include.append({"class": thing, "count": 1})
@@ -104,12 +107,12 @@ def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], o
     template = to_prompt(workflow, object_info)
     keep(out / "generation.json", {"workflow_sha256": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
                                    "seed": seed, "prompt_title": prompt_title, "picture_title": picture_title},
-         "made with another workflow, seed or title")
+         "is of another workflow, seed or title")
     made, failed = 0, []
     for index, entry in enumerate(records):
         folder = out / f"{index:05}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        keep(folder / "metadata.jsonl", entry, "there with another prompt")
+        keep(folder / "metadata.jsonl", entry, "is of another prompt")
         for sample in range(samples):
             file = folder / "samples" / f"{sample:05}.png"
             if file.exists():
@@ -145,12 +148,12 @@ def keep(file: Path, content: dict[str, Any], otherwise: str) -> None:
     except ValueError as error:
         raise GenevalError(f"{file} is damaged ({error}). Delete it; the same command writes it again.") from error
     if not same:
-        raise GenevalError(f"{file} is {otherwise}. Choose an empty --out, or give the same as before.")
+        raise GenevalError(f"{file} {otherwise}. Choose another --out, or give the same as before.")
 
 
 def write_whole(file: Path, content: bytes) -> None:
     """So that a stop at any moment leaves either all of it or nothing."""
-    aside = file.with_name(file.name + ".part")
+    aside = file.with_name(f".{file.name}.part")  # GenEval takes every name that begins as a picture's does
     aside.write_bytes(content)
     os.replace(aside, file)
 
@@ -176,7 +179,7 @@ def main() -> int:
         print(f"bench geneval: {error}")
         return 1
     if failed:
-        print(f"bench geneval: {made} pictures made, {len(failed)} prompts failed; the same command tries them again:")
+        print(f"bench geneval: pictures made: {made}, prompts that failed: {len(failed)}; the same command tries them again:")
         print("\n".join(failed))
         return 1
     print(f"{made} pictures made; {len(records)} prompts x {given.samples} are in {given.out}")

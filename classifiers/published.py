@@ -30,7 +30,7 @@ LOGGER = logging.getLogger("learn_to_steer")
 LICENCE = ("The terms of the checkpoint's source apply. The Learn-to-Steer authors' own checkpoints are for "
            "non-commercial use only.")
 # Layers x heads of known models (paper.md, "Which maps").
-_SD_CHANNELS = {"sd2": 195, "stablediffusion2": 195, "sd1": 128, "stablediffusion1": 128}
+_SD_CHANNELS = {rf"(sd|stablediffusion)v?{version}": count for version, count in ((2, 195), (1, 128))}
 # Older ones could be made to run code in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 _HARMLESS_MODULES = ("torch", "collections", "numpy", "_codecs", "pathlib", "argparse")
@@ -123,8 +123,9 @@ def _foreign_names(path: Path, refusal: str) -> list[str]:
             names += _globals(stream)
     except (ValueError, IndexError, KeyError, UnicodeError):
         LOGGER.debug("What follows in %s is not a pickle.", path)
-    return [name for name in dict.fromkeys(names)
-            if name in refusal or name.split(".")[0] not in _HARMLESS_MODULES][:3]
+    allowed = {item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}" for item in _harmless_types()}
+    return [name for name in dict.fromkeys(names) if name not in allowed
+            and (name in refusal or name.split(".")[0] not in _HARMLESS_MODULES)][:3]
 
 
 def _globals(stream: BinaryIO) -> Iterator[str]:
@@ -236,7 +237,7 @@ def _layout(path: Path, content: Mapping, training: Mapping, config: NetworkConf
         squeezed = [re.sub(r"[^a-z0-9]", "", word.lower()) for word in (*words, path.stem)]
         places = _input_channels(content, weights, config)
         channels = next((count for mark, count in _SD_CHANNELS.items()
-                         if count <= places and any(mark in word for word in squeezed)), None)
+                         if count <= places and any(re.search(mark, word) for word in squeezed)), None)
     return MapLayout(size=config.map_size, normalise="never" if native else "always", channels=channels,
                      backbone=backbone)
 

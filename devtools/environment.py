@@ -56,8 +56,10 @@ class Environment:
         here: where the user is, so that relative paths are theirs, instead of in the repository.
         """
         variables = {**child_variables(), "COMFYUI_PATH": str(self.host)}
-        if here:
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        if here and arguments[:1] == ("-m",):  # the user's folder must not be searched, it may be ComfyUI's
+            start = (f"import runpy, sys; sys.path[:1] = [{str(ROOT)!r}]; del sys.argv[0]; "
+                     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
+            arguments = ("-c", start, *arguments[1:])
         process = subprocess.Popen([str(self.python), *arguments], env=variables, cwd=None if here else ROOT)
         try:
             return process.wait()

@@ -281,9 +281,8 @@ def set_seeds(prompt: Mapping[str, Any], seed: int) -> None:
         if isinstance(value, int):
             inputs[name] = seed
             written += 1
-        elif isinstance(value, list):  # a number's node: its only field, or the one named "value"
-            source = prompt[value[0]]["inputs"]
-            fields += [(source, other) for other in source if other == "value" and other not in SEEDS]
+        elif isinstance(value, list):  # a node that gives a number, as the host's PrimitiveInt
+            fields += [(prompt[value[0]]["inputs"], "value")]
     if not written:
         raise WorkflowError("The workflow has no seed field (seed, noise_seed, or the value of a number node that feeds "
                             "one), so that every picture of a prompt would be the same.")

@@ -41,7 +41,7 @@ class RelationClassifierLoader(io.ComfyNode):
             display_name="Relation Classifier Loader",
             category=CATEGORY,
             description="Loads what judges relations from attention maps: the built-in geometric rule, which works with "
-                        "every model, or a classifier trained for one model (models/relation_classifiers).",
+                        "every model that can be steered, or a classifier trained for one model (models/relation_classifiers).",
             inputs=[io.Combo.Input("classifier_name", options=[GEOMETRIC, *shipped(), *files], default=GEOMETRIC,
                                    tooltip="The geometric rule needs no file. Files (.safetensors, or published .pth) go "
                                            "into models/relation_classifiers; they fit the model that they were trained "

@@ -29,7 +29,7 @@ def settings_inputs() -> list[io.Input]:
                                "the gradient (raw gradient; the paper uses 5). 0 switches steering off."),
         io.Int.Input("max_updates", default=DEFAULTS.max_updates, min=0, max=100,
                      tooltip="Updates per denoising step at most. 0 switches steering off."),
-        io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.001, round=False,
+        io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.0001,
                        tooltip="A denoising step needs no further update once the classifier gives every relation this "
                                "probability and (unless compactness is 0) each object's attention lies in one place."),
         io.Combo.Input("update_rule", options=list(UPDATE_RULES), default=DEFAULTS.update_rule, advanced=True,

@@ -91,8 +91,8 @@ class RelationDatasetBuilder(io.ComfyNode):
                 io.Int.Input("size", default=512, min=64, max=2048, step=8, advanced=True,
                              tooltip="Side of the pictures in pixels (folder, GQA)."),
                 io.String.Input("licence", default="not stated", advanced=True,
-                                tooltip="Terms of the pictures of a folder; travels with dataset and classifier. GQA and the small "
-                                        "world bring their own."),
+                                tooltip="Terms of the pictures of a folder; travels with dataset and classifier. GQA and the "
+                                        "small world bring their own."),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset", tooltip="For \"Train Relation Classifier\"."),
                      io.String.Output("summary", display_name="summary", tooltip="What is inside, in numbers.")],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from .captions import Caption, Inverted
 from .sources import SPLITS, Candidate, Drop, Example, Source
 from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
 
+LOGGER = logging.getLogger("learn_to_steer")
 FORMAT = "learn-to-steer relation dataset 1"
 METADATA_KEY = "relation_maps"
 
@@ -86,12 +88,19 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
     dataset.
     """
     candidates = source.candidates()
+    if not candidates and not (folder / "manifest.json").exists():
+        raise TrainingError("There are no pictures to build from: none of those that are labelled is in the folder, or the "
+                            "numbers per relation are 0. Choose the folder that holds them.")
     plan = {"format": FORMAT, "batch": batch, "seed": seed, "source": source.describe(), "maps": maker.describe(),
             "licence": source.licence, "candidates_sha256": _digest(candidates)}
     shards = folder / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     remove_partial_files(folder)
     remove_partial_files(shards)
+    if _is_finished(folder, plan):
+        LOGGER.warning("%s is finished, from other pictures than are there now, and is used as it is. Delete it to build it "
+                       "anew.", folder)
+        return read_json(folder / "manifest.json")
     _check_plan(folder / "plan.json", plan)
     found: dict[str, Shard] = {}
     done = 0
@@ -167,6 +176,16 @@ def _digest(candidates: Sequence[Candidate]) -> str:
     return hashlib.sha256(json.dumps([asdict(candidate) for candidate in candidates]).encode()).hexdigest()
 
 
+def _is_finished(folder: Path, plan: dict) -> bool:
+    """Whether the folder holds a whole dataset of this plan, from other pictures than are there now: pictures may be
+    deleted after."""
+    if not (folder / "manifest.json").exists():
+        return False
+    there, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(plan))
+    pictures = {"candidates_sha256": ""}
+    return isinstance(there, dict) and there != wanted and {**there, **pictures} == {**wanted, **pictures}
+
+
 def _check_plan(path: Path, plan: dict) -> None:
     wanted = json.loads(json.dumps(plan))
     if not path.exists():
@@ -174,7 +193,8 @@ def _check_plan(path: Path, plan: dict) -> None:
         return
     there = read_json(path)
     if there != wanted:
-        names = [name for name in wanted if not isinstance(there, dict) or there.get(name) != wanted[name]]
+        names = ["other pictures are in the folder" if name == "candidates_sha256" else name
+                 for name in wanted if not isinstance(there, dict) or there.get(name) != wanted[name]]
         raise TrainingError(f"{path.parent} holds a dataset that was begun with other settings ({', '.join(names)}). "
                             "Choose another folder, or delete this one.")
 

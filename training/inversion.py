@@ -236,10 +236,14 @@ def fingerprint(model, clip, vae) -> str:
     digest = hashlib.sha256()
     for patcher in (model, clip.patcher, vae.patcher):
         for name, weight in sorted(patcher.model.state_dict().items()):
-            patched = name in patcher.patches  # may or may not be in the weights at the moment
-            digest.update(repr((name, tuple(weight.shape), None if patched else _mark(weight))).encode())
+            if name.startswith("model_sampling."):  # a clone's while that is loaded
+                continue
+            if name in patcher.backup:  # a patch, this patcher's or a clone's, is in the weights at the moment
+                weight = patcher.backup[name].weight
+            digest.update(repr((name, tuple(weight.shape), _mark(weight))).encode())
         digest.update(repr(sorted((name, _mark(patches)) for name, patches in patcher.patches.items())).encode())
-    digest.update(repr(_mark(model.get_model_object("model_sampling").sigmas)).encode())
+    sampling = model.get_model_object("model_sampling")
+    digest.update(repr(([kind.__name__ for kind in type(sampling).__mro__], _mark(sampling.sigmas))).encode())
     return digest.hexdigest()[:16]
 
 

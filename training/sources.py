@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 import random
-from collections.abc import Container, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..steering.predicates import RELATIONS, RelationError, parse_predicate
+from ..steering.predicates import RELATIONS, RelationError, opposite, parse_predicate
 from .storage import TrainingError, read_json
 
+LOGGER = logging.getLogger("learn_to_steer")
 SPLITS = ("train", "validation", "test")
 Box = tuple[float, float, float, float]
 
@@ -129,15 +132,15 @@ class LabelledPictures:
         self.labels, self.paths, self.size, self.quota, self.kind = labels, paths, size, quota, kind
         self.licence = licence
         _check_splits(labels)
-        self.missing = len({label.picture for label in labels} - paths.keys())
-        if self.missing and not any(label.picture in paths for label in labels):
-            raise TrainingError(f"None of the {self.missing} pictures that are labelled is in the folder, the first is "
-                                f"{labels[0].picture!r}. Choose the folder that holds them.")
+        pictures = {label.picture for label in labels}
+        if missing := len(pictures - paths.keys()):
+            LOGGER.warning("%s: %d of %d labelled pictures are not in the folder, and are left out.", kind, missing,
+                           len(pictures))
 
     def describe(self) -> dict:
         digest = hashlib.sha256(repr(list(self.labels)).encode()).hexdigest()
         return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest,
-                "missing_picture_files": self.missing, "size": self.size,
+                "size": self.size,
                 "per_relation": dict(self.quota.per_relation), "shares": list(self.quota.shares),
                 "seed": self.quota.seed}
 
@@ -191,11 +194,12 @@ def square_around(size: tuple[int, int], boxes: tuple[Box, Box] | None) -> tuple
 def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str) -> LabelledPictures:
     """A folder of pictures and a CSV or JSON table with the columns file, subject, relation, object and maybe split.
 
-    file: relative to the folder. A row that is there twice counts once. Raises TrainingError naming the row at fault.
+    file: relative to the folder. A row that is there twice counts once; a pair of which several relations hold is left
+    out. Raises TrainingError naming the row at fault.
     """
     rows = _read_table(table)
-    labels: list[Label] = []
-    paths, known = {}, {}
+    labels: dict[Label, None] = {}
+    paths = {}
     for number, row in enumerate(rows, 2 if table.suffix.lower() == ".csv" else 1):
         place = f"{table.name}, row {number}"
         if not isinstance(row, Mapping):
@@ -216,16 +220,26 @@ def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str
         subject, relation, other = str(row["subject"]).strip(), str(row["relation"]), str(row["object"]).strip()
         if numbered := next((words for words in (subject, other) if "#" in words), None):
             raise TrainingError(f"{place}: {numbered!r} cannot be found in a caption. Name the object in words alone.")
-        label = Label(picture, subject, _one_relation(relation, place), other, split)
-        before = known.setdefault((picture, subject.lower(), other.lower()), (place, label))
-        if before[1] is label:
-            labels.append(label)
-        elif (before[1].relation, before[1].split) != (label.relation, label.split):
-            raise TrainingError(f"{place}: of {subject!r} and {other!r} in {picture!r} it says something else than {before[0]}. "
-                                "Keep the row that is true.")
+        labels[Label(picture, subject, _one_relation(relation, place), other, split)] = None
     if not labels:
         raise TrainingError(f"{table} has no rows.")
-    return LabelledPictures(labels, paths, size, quota, "folder", licence)
+    return LabelledPictures(_single(labels, table), paths, size, quota, "folder", licence)
+
+
+def _single(labels: Iterable[Label], table: Path) -> list[Label]:
+    """Without the pairs of which several relations are stated, either way round: they have no single truth."""
+    stated = defaultdict(set)
+    for label in labels:
+        turned = label.subject.lower() > label.object.lower()
+        stated[_pair(label)].add(opposite(label.relation) if turned else label.relation)
+    kept = [label for label in labels if len(stated[_pair(label)]) == 1]
+    if several := sum(len(relations) > 1 for relations in stated.values()):
+        LOGGER.warning("%s: %d pairs of objects are left out, since several relations are stated of them.", table.name, several)
+    return kept
+
+
+def _pair(label: Label) -> tuple[str, ...]:
+    return label.picture, *sorted((label.subject.lower(), label.object.lower()))
 
 
 def _read_table(table: Path) -> list:

@@ -140,7 +140,7 @@ class TrainingRun:
         nouns = {noun for data in self.data.values() for sample in data.samples for noun in (sample.subject, sample.object)}
         if unknown := set(settings.without_nouns) - nouns:
             raise TrainingError(f"Objects to hold out that no picture shows: {', '.join(sorted(unknown))}. The dataset has "
-                                f"{', '.join(sorted(nouns)[:20])}.")
+                                f"{', '.join(sorted(nouns)[:20])}{', and more' if len(nouns) > 20 else ''}.")
         self.chosen = {split: self._choose(self.data[split]) for split in ("train", "validation")}
         for split, items in self.chosen.items():
             if not items:
@@ -325,7 +325,8 @@ def check_splits(datasets: Sequence[RelationDataset]) -> None:
                 there, folder = known.setdefault((*kind, picture), (split, dataset.folder))
                 if there != split:
                     raise TrainingError(f"Picture {picture!r} is for {there} in {folder} and for {split} in {dataset.folder}. "
-                                        "Build both with the same seed and shares, or train on one of them.")
+                                        "Build both with the same seed and with numbers per relation in the same proportion, or "
+                                        "train on one of them.")
 
 
 def read_split(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:

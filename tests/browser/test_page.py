@@ -31,3 +31,19 @@ def test_our_prompt_is_what_the_page_would_post(browser_page, object_info):
         browser_page.load(workflow)
         ours, theirs = to_prompt(workflow, object_info), browser_page.prompt()
         assert without_script_fields(ours) == without_script_fields(theirs), file.name
+
+
+def test_the_papers_stop_probability_can_be_entered(browser_page):
+    """The page rounds numbers to what a field's step allows."""
+    browser_page.open()
+    browser_page.page.evaluate("""() => {
+        app.rootGraph.clear();
+        for (const type of ["LearnToSteerKSampler", "LearnToSteerApply"])
+            app.rootGraph.add(LiteGraph.createNode(type));
+    }""")
+    entered = browser_page.page.evaluate("""() => app.rootGraph.nodes.map(node => {
+        const field = node.widgets.find(widget => widget.name === "stop_probability");
+        field.callback(0.9999);
+        return [node.type, field.value];
+    })""")
+    assert sorted(entered) == [["LearnToSteerApply", 0.9999], ["LearnToSteerKSampler", 0.9999]]

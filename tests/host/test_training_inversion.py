@@ -13,6 +13,7 @@ from standalone import load_pack
 load_pack()
 
 import comfy.model_base  # noqa: E402  (the host must be on the path first)
+import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.weight_adapter  # noqa: E402
 from comfy.sd1_clip import SD1Tokenizer  # noqa: E402
@@ -206,9 +207,27 @@ def test_another_lora_strength_text_encoder_or_vae_is_another_model() -> None:
     marks = [inversion.fingerprint(*given) for given in (
         (model, clip, vae), (with_lora(model, 1.0), clip, vae), (with_lora(model, 0.1), clip, vae),
         (with_lora(model, 1.0, 1), clip, vae), (model, other_clip, vae), (model, clip, other_vae), (tiny_unet("v"), clip, vae))]
-    assert marks[-1] == marks[0]  # eps or v-prediction share weights and schedule
-    assert len(set(marks[:-1])) == len(marks) - 1
+    assert len(set(marks)) == len(marks)
     assert inversion.fingerprint(with_lora(model, 0.1), TinyClip(), TinyVae()) == marks[2]
+
+
+def test_what_is_loaded_at_the_moment_does_not_make_another_model() -> None:
+    model, clip, vae = tiny_unet("eps"), TinyClip(), TinyVae()
+    before = inversion.fingerprint(model, clip, vae)
+    other = with_lora(model, 1.0)
+    shifted = comfy.model_base.model_sampling(model.model.model_config, comfy.model_base.ModelType.V_PREDICTION)
+    other.add_object_patch("model_sampling", shifted)
+    its_own = inversion.fingerprint(other, clip, vae)
+    name = next(iter(other.patches))
+    plain = model.model.state_dict()[name].clone()
+    comfy.model_management.load_models_gpu([other])
+    try:
+        assert not torch.equal(model.model.state_dict()[name], plain)  # the patch is in the weights that both share
+        assert inversion.fingerprint(model, clip, vae) == before
+        assert inversion.fingerprint(other, clip, vae) == its_own != before
+    finally:
+        comfy.model_management.unload_all_models()
+    assert inversion.fingerprint(model, clip, vae) == before
 
 
 def test_a_caption_that_the_text_encoder_does_not_keep_is_dropped(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_writes_genevals_folders_and_goes_on(server, monkeypatch, tmp_path: Path
     assert files[0].read_bytes() == b"made before" and files[1].read_bytes().startswith(PNG)
     assert "1 pictures made" in capsys.readouterr().out
     assert command(server, monkeypatch, prompts, out, "--picture-title", "Save steered picture", "--seed", "7") == 1
-    assert "generation.json is made with another workflow, seed or title" in capsys.readouterr().out
+    assert "generation.json is of another workflow, seed or title" in capsys.readouterr().out
     (out / "00000" / "metadata.jsonl").write_text('{"tag')
     assert command(server, monkeypatch, prompts, out, "--picture-title", "Save steered picture") == 1
     assert "metadata.jsonl is damaged" in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_a_prompt_that_fails_does_not_end_the_run(server, monkeypatch, tmp_path:
     prompts.write_text("a zebra to the left of a cat\na dog to the left of a cat\n")
     assert command(server, monkeypatch, prompts, out, "--picture-title", "Save steered picture") == 1
     told = capsys.readouterr().out
-    assert "2 pictures made, 1 prompts failed" in told and "00000/00000.png: a zebra" in told
+    assert "pictures made: 2, prompts that failed: 1" in told and "00000/00000.png: a zebra" in told
     assert not list((out / "00000" / "samples").iterdir()) and len(list((out / "00001" / "samples").iterdir())) == 2
 
 
@@ -122,7 +122,8 @@ def test_one_relation_gets_genevals_own_record():
     ("a.jsonl", "{", "line 1: not a GenEval record"), ("a.jsonl", '{"tag": "colors", "prompt": "x"}', "no prompt with the tag"),
     ("a.txt", "\n", "no prompt"), ("a.txt", "a dog above a cat\n\na dog next to a cat\n", "line 3: no relation was found"),
     ("a.txt", "a dog to the left of another dog\n", "line 1: .*does not tell apart"),
-    ("a.txt", "a dog above a cat above a dog\n", "line 1: "),
+    ("a.txt", "a dog above a cat and another dog to the left of a car\n", "line 1: .*two of 'dog'"),
+    ("a.txt", "a dog above a cat above a dog\n", "line 1: These relations contradict each other vertically"),
 ])
 def test_bad_prompt_files(tmp_path: Path, name: str, text: str, message: str):
     (tmp_path / name).write_text(text)

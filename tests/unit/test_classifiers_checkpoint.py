@@ -129,6 +129,7 @@ def test_weights_that_the_config_switches_off_are_ignored(tmp_path, change):
     ("unet", "sd2.pth", {}, MapLayout(16, "always", 195, "unet", 1368)),
     ("unet", "sd14.pth", {}, MapLayout(16, "always", 128, "unet", 1368)),
     ("unet", "stable-diffusion-2-1.pth", {}, MapLayout(16, "always", 195, "unet", 1368)),
+    ("unet", "any.pth", {"model_id": "CompVis/stable-diffusion-v1-4"}, MapLayout(16, "always", 128, "unet", 1368)),
     ("unet", "any.pth", {"orig_map_size": 64}, MapLayout(16, "always", None, "unet", 1368)),
     ("unet", "any.pth", {"orig_map_size": 16}, MapLayout(16, "always", None, "unet", 1368)),
     ("unet", "any.pth", {"model_name": "sd2"}, MapLayout(16, "always", 195, "unet", 1368)),

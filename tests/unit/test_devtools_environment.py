@@ -45,6 +45,7 @@ def test_existing_installation_brings_its_python():
 
 def test_relative_paths_are_the_users(tmp_path):
     (tmp_path / "words.txt").write_text("a dog beside a cat\n")
+    (tmp_path / "steering").mkdir()  # not the repository's, nor is ComfyUI's `nodes` where somebody starts in its folder
     words = ["bench", "geneval", "--server", "http://127.0.0.1:9", "--workflow", "none.json", "--prompts", "words.txt",
              "--out", "x"]
     run = subprocess.run([sys.executable, str(environment.ROOT / "dev.py"), *words, "--comfyui", os.environ["COMFYUI_PATH"],
