@@ -13,7 +13,7 @@ with other rows.
 With --grid it compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the
 reported ones, and --plot draws accuracy against gradient evaluations:
 
-    python dev.py bench accuracy --prompts 25 --pictures 4 --learned classifiers/weights/toyworld_unet.safetensors
+    python dev.py bench accuracy --prompts 200 --learned classifiers/weights/toyworld_unet.safetensors
         --one-by-one --grid max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48
         step_size=1.25,2.5,5 --plot docs/trade_off_unet.png
 """
