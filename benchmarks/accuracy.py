@@ -162,23 +162,18 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
             (item.partition("=") for item in specifications)]
     rows = []
     for combination in itertools.product(*axes):
-        steering = {n: _parsed(v) for n, v in combination if not n.startswith("geometric.")}
-        steering = {n: float(v) if isinstance(getattr(usual, n), float) else v for n, v in steering.items()}
-        geometry = {n.split(".")[1]: _parsed(v) for n, v in combination if n.startswith("geometric.")}
+        steering = {n: _parsed(v, usual, n) for n, v in combination if not n.startswith("geometric.")}
+        geometry = {n.split(".")[1]: _parsed(v, GeometricSettings(), n.split(".")[1]) for n, v in combination
+                    if n.startswith("geometric.")}
         way = Way(learned or GeometricClassifier(GeometricSettings(**geometry)), dataclasses.replace(usual, **steering))
         rows.append(Row(" ".join(f"{n.split('.')[-1]}={v}" for n, v in combination), way, prompts, group))
     return rows
 
 
-def _parsed(text: str) -> float | int | bool | str:
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _parsed(text: str, settings: SteeringSettings | GeometricSettings, name: str) -> float | int | bool | str:
+    """The text as a value of the kind that the setting has."""
+    kind = type(getattr(settings, name))
+    return text == "True" if kind is bool else kind(text)
 
 
 @dataclass(frozen=True)

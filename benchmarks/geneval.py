@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from devtools.client import Client, ServerError
 from devtools.workflow import WorkflowError, set_seeds, set_text, to_prompt
 from steering.relations import RelationError, build_graph, split_occurrence
+from training.storage import replace_file
 
 SHORT = {"to the left of": "left of", "to the right of": "right of", "above": "above", "below": "below"}
 """Our names of the relations to GenEval's."""
@@ -63,18 +63,18 @@ def record(prompt: str) -> dict[str, Any]:
     A clause's position speaks of an earlier clause (GenEval's evaluate_images.py, `evaluate`), so objects come before their
     subjects; clauses of the same class are of the same thing. Raises GenevalError where that cannot say what the prompt says.
     """
-    relations = build_graph(prompt).relations
-    if not relations:
+    graph = build_graph(prompt)
+    if not graph.relations:
         raise GenevalError(f"no relation was found in {prompt!r}; its pictures would all count as right. Write one of "
                            f"{', '.join(SHORT)}, or give GenEval's own JSONL file.")
     named: dict[str, str] = {}
-    for phrase in (phrase for relation in relations for phrase in (relation.subject, relation.object)):
+    for phrase in graph.phrases:
         words = split_occurrence(phrase)[0]
         if named.setdefault(words.lower(), phrase) != phrase:
             raise GenevalError(f"{prompt!r} has two of {words!r}, which GenEval's evaluator does not tell apart. Leave the "
                                "line out.")
     include: list[dict[str, Any]] = []
-    for relation in relations:
+    for relation in graph.relations:
         subject, thing = (split_occurrence(phrase)[0] for phrase in (relation.subject, relation.object))
         classes = [clause["class"] for clause in include]
         if thing not in classes:
@@ -132,7 +132,7 @@ def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], o
             if not pictures:
                 raise WorkflowError(f"Node {node} sent no picture; the server answers a repeated prompt from its cache "
                                     "only while it keeps its files.")
-            write_whole(file, client.image(pictures[0]))
+            replace_file(file, client.image(pictures[0]))
             made += 1
             print(f"{folder.name}/{file.name}: {entry['prompt']} (seed {seed + sample})", flush=True)
     return made, failed
@@ -141,7 +141,7 @@ def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], o
 def keep(file: Path, content: dict[str, Any], otherwise: str) -> None:
     """Writes a record that is not there yet. GenevalError where another one is."""
     if not file.exists():
-        write_whole(file, json.dumps(content).encode() + b"\n")
+        replace_file(file, json.dumps(content).encode() + b"\n")
         return
     try:
         same = json.loads(file.read_bytes()) == json.loads(json.dumps(content))
@@ -149,13 +149,6 @@ def keep(file: Path, content: dict[str, Any], otherwise: str) -> None:
         raise GenevalError(f"{file} is damaged ({error}). Delete it; the same command writes it again.") from error
     if not same:
         raise GenevalError(f"{file} {otherwise}. Choose another --out, or give the same as before.")
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """So that a stop at any moment leaves either all of it or nothing."""
-    aside = file.with_name(f".{file.name}.part")  # GenEval takes every name that begins as a picture's does
-    aside.write_bytes(content)
-    os.replace(aside, file)
 
 
 def main() -> int:

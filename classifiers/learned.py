@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .base import ClassifierError, MapLayout, RelationClassifier, check_maps
+from .base import ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
 from .network import RelationNetwork
 from .steps import StepMapping
 
@@ -43,7 +43,7 @@ class LearnedClassifier(RelationClassifier):
         weight = self.network.relation_classifier.projection.weight
         steps = self.steps.index(progress.expand(len(subject)).to(weight.device))
         found = self.network(subject.to(weight), object.to(weight), steps)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        return found.to(working_dtype(found))
 
     def to(self, device: torch.device | str) -> LearnedClassifier:
         """Moves itself."""

@@ -30,7 +30,7 @@ LOGGER = logging.getLogger("learn_to_steer")
 LICENCE = ("The terms of the checkpoint's source apply. The Learn-to-Steer authors' own checkpoints are for "
            "non-commercial use only.")
 # Layers x heads of known models (paper.md, "Which maps").
-_SD_CHANNELS = {rf"(sd|stablediffusion)v?{version}": count for version, count in ((2, 195), (1, 128))}
+_SD_CHANNELS = {"(sd|stablediffusion)v?2": 195, "(sd|stablediffusion)v?1": 128}
 # Older ones could be made to run code in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 _HARMLESS_MODULES = ("torch", "collections", "numpy", "_codecs", "pathlib", "argparse")

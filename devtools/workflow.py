@@ -282,7 +282,7 @@ def set_seeds(prompt: Mapping[str, Any], seed: int) -> None:
             inputs[name] = seed
             written += 1
         elif isinstance(value, list):  # a node that gives a number, as the host's PrimitiveInt
-            fields += [(prompt[value[0]]["inputs"], "value")]
+            fields.append((prompt[value[0]]["inputs"], "value"))
     if not written:
         raise WorkflowError("The workflow has no seed field (seed, noise_seed, or the value of a number node that feeds "
                             "one), so that every picture of a prompt would be the same.")

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 RELATIONS = ("above", "below", "to the left of", "to the right of")  # names as in the paper's classifier
 VERTICAL = RELATIONS[:2]
 HORIZONTAL = RELATIONS[2:]
-
-
-def opposite(relation: str) -> str:
-    """Of the object to the subject. KeyError for other names than RELATIONS."""
-    return dict(zip(RELATIONS, (RELATIONS[1], RELATIONS[0], RELATIONS[3], RELATIONS[2]), strict=True))[relation]
+OPPOSITE = {"above": "below", "below": "above", "to the left of": "to the right of", "to the right of": "to the left of"}
 
 
 class RelationError(ValueError):

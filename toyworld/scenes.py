@@ -51,8 +51,8 @@ DIAGONALS = ("above and to the left of", "above and to the right of", "below and
              "below and to the right of")
 SYNONYMS = {"to the left of": ("left of", "on the left of"), "to the right of": ("right of", "on the right of"),
             "above": ("on top of", "over"), "below": ("under", "beneath")}
-OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below",
-            "below": "above"}
+
+
 @dataclass(frozen=True)
 class MultiForm:
     """A form of multi-relation prompt; `pairs` are the places (0 is A) of subject and object of each relation."""

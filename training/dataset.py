@@ -29,6 +29,7 @@ from .storage import TrainingError, read_json, remove_partial_files, replace_fil
 LOGGER = logging.getLogger("learn_to_steer")
 FORMAT = "learn-to-steer relation dataset 1"
 METADATA_KEY = "relation_maps"
+PICTURES = "candidates_sha256"
 
 
 class MapMaker(Protocol):
@@ -92,16 +93,22 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
         raise TrainingError("There are no pictures to build from: none of those that are labelled is in the folder, or the "
                             "numbers per relation are 0. Choose the folder that holds them.")
     plan = {"format": FORMAT, "batch": batch, "seed": seed, "source": source.describe(), "maps": maker.describe(),
-            "licence": source.licence, "candidates_sha256": _digest(candidates)}
+            "licence": source.licence, PICTURES: _digest(candidates)}
     shards = folder / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     remove_partial_files(folder)
     remove_partial_files(shards)
-    if _is_finished(folder, plan):
+    differences = _differences(folder / "plan.json", plan)
+    if differences == [PICTURES] and (folder / "manifest.json").exists():  # they may be deleted after
         LOGGER.warning("%s is finished, from other pictures than are there now, and is used as it is. Delete it to build it "
                        "anew.", folder)
         return read_json(folder / "manifest.json")
-    _check_plan(folder / "plan.json", plan)
+    if differences:
+        named = ("other pictures are in the folder" if name == PICTURES else name for name in differences)
+        raise TrainingError(f"{folder} holds a dataset that was begun with other settings ({', '.join(named)}). "
+                            "Choose another folder, or delete this one.")
+    if not (folder / "plan.json").exists():
+        write_json(folder / "plan.json", plan)
     found: dict[str, Shard] = {}
     done = 0
     jobs = list(_jobs(candidates, batch))
@@ -176,27 +183,14 @@ def _digest(candidates: Sequence[Candidate]) -> str:
     return hashlib.sha256(json.dumps([asdict(candidate) for candidate in candidates]).encode()).hexdigest()
 
 
-def _is_finished(folder: Path, plan: dict) -> bool:
-    """Whether the folder holds a whole dataset of this plan, from other pictures than are there now: pictures may be
-    deleted after."""
-    if not (folder / "manifest.json").exists():
-        return False
-    there, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(plan))
-    pictures = {"candidates_sha256": ""}
-    return isinstance(there, dict) and there != wanted and {**there, **pictures} == {**wanted, **pictures}
-
-
-def _check_plan(path: Path, plan: dict) -> None:
-    wanted = json.loads(json.dumps(plan))
+def _differences(path: Path, plan: dict) -> list[str]:
+    """Names of what is otherwise in the plan that is there, which may be none."""
     if not path.exists():
-        write_json(path, wanted)
-        return
-    there = read_json(path)
-    if there != wanted:
-        names = ["other pictures are in the folder" if name == "candidates_sha256" else name
-                 for name in wanted if not isinstance(there, dict) or there.get(name) != wanted[name]]
-        raise TrainingError(f"{path.parent} holds a dataset that was begun with other settings ({', '.join(names)}). "
-                            "Choose another folder, or delete this one.")
+        return []
+    there, wanted = read_json(path), json.loads(json.dumps(plan))
+    if not isinstance(there, dict):
+        return list(wanted)
+    return [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
 
 
 def _shard_bytes(maps: Tensor, shard: Shard) -> bytes:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..steering.predicates import RELATIONS, RelationError, opposite, parse_predicate
+from ..steering.predicates import OPPOSITE, RELATIONS, RelationError, parse_predicate
 from .sources import Box, Label, LabelledPictures, Quota, overlapping
 from .storage import TrainingError, read_json
 
@@ -81,7 +81,7 @@ def _labels(image: str, graph: Mapping, broader: Mapping[str, frozenset[str]],
         return None
 
     pairs = _pairs(objects)
-    held = {pair: relations | {opposite(name) for name in pairs.get(pair[::-1], ())} for pair, relations in pairs.items()}
+    held = {pair: relations | {OPPOSITE[name] for name in pairs.get(pair[::-1], ())} for pair, relations in pairs.items()}
     for pair, relations in held.items():
         subject, other = (names[key] for key in pair)
         reason = ("several relations between the same two" if len(relations) > 1 else

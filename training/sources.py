@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..steering.predicates import RELATIONS, RelationError, opposite, parse_predicate
+from ..steering.predicates import OPPOSITE, RELATIONS, RelationError, parse_predicate
 from .storage import TrainingError, read_json
 
 LOGGER = logging.getLogger("learn_to_steer")
@@ -139,8 +139,7 @@ class LabelledPictures:
 
     def describe(self) -> dict:
         digest = hashlib.sha256(repr(list(self.labels)).encode()).hexdigest()
-        return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest,
-                "size": self.size,
+        return {"kind": self.kind, "labels": len(self.labels), "labels_sha256": digest, "size": self.size,
                 "per_relation": dict(self.quota.per_relation), "shares": list(self.quota.shares),
                 "seed": self.quota.seed}
 
@@ -151,13 +150,10 @@ class LabelledPictures:
         return [self._open(self.labels[candidate.number]) for candidate in candidates]
 
     def _open(self, label: Label) -> Example | Drop:
-        path = self.paths.get(label.picture)
-        if path is None:
-            return Drop(label.picture, "picture file is missing")
         if overlapping(label.subject, label.object):
             return Drop(label.picture, "subject and object share their words")
         try:
-            with Image.open(path) as file:
+            with Image.open(self.paths[label.picture]) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError):
             return Drop(label.picture, "picture file cannot be read")
@@ -231,7 +227,7 @@ def _single(labels: Iterable[Label], table: Path) -> list[Label]:
     stated = defaultdict(set)
     for label in labels:
         turned = label.subject.lower() > label.object.lower()
-        stated[_pair(label)].add(opposite(label.relation) if turned else label.relation)
+        stated[_pair(label)].add(OPPOSITE[label.relation] if turned else label.relation)
     kept = [label for label in labels if len(stated[_pair(label)]) == 1]
     if several := sum(len(relations) > 1 for relations in stated.values()):
         LOGGER.warning("%s: %d pairs of objects are left out, since several relations are stated of them.", table.name, several)

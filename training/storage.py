@@ -14,7 +14,7 @@ class TrainingError(ValueError):
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes aside, brings it to the disk, renames: a reader sees the old file or the whole new one."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f".{path.name}{PARTIAL}")  # hidden: GenEval takes every name that begins as a picture's does
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()

@@ -312,17 +312,18 @@ def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepM
 def check_splits(datasets: Sequence[RelationDataset]) -> None:
     """Raises TrainingError where a picture is on one side in one dataset and on another in the next.
 
-    GQA's ids are the same everywhere; of tables only equal ones are known to speak of the same pictures.
+    A name says the same picture in all datasets of a kind, but of tables only in equal ones. Within one dataset its
+    source sees to it.
     """
+    if len(datasets) == 1:
+        return
     known: dict[tuple, tuple[str, Path]] = {}
     for dataset in datasets:
         source = dataset.manifest["source"]
-        kind = (source["kind"], source.get("labels_sha256") if source["kind"] == "folder" else source.get("seed"))
-        if source["kind"].startswith("GQA"):
-            kind = ("GQA",)
+        table = source["labels_sha256"] if source["kind"] == "folder" else ""
         for split in SPLITS:
             for picture in dataset.pictures(split):
-                there, folder = known.setdefault((*kind, picture), (split, dataset.folder))
+                there, folder = known.setdefault((source["kind"], table, picture), (split, dataset.folder))
                 if there != split:
                     raise TrainingError(f"Picture {picture!r} is for {there} in {folder} and for {split} in {dataset.folder}. "
                                         "Build both with the same seed and with numbers per relation in the same proportion, or "
