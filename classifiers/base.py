@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-ABOVE, BELOW = "above", "below"
-LEFT, RIGHT = "to the left of", "to the right of"
+from ..prompts.relations import ABOVE, BELOW, LEFT, RIGHT
+
 BACKBONES = ("unet", "mmdit")
 NORMALISATIONS = ("resized", "always", "never")
 _BACKBONE_WORDS = {"unet": "a UNet", "mmdit": "a FLUX model"}

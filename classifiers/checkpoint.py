@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files.writing import replace_file
 from .base import ClassifierError, MapLayout
 from .geometric import GeometricClassifier, GeometricSettings
 from .learned import LearnedClassifier
@@ -84,12 +85,7 @@ def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | Geo
     """
     path = Path(path)
     description, weights = _described(classifier)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(save(weights, {METADATA_KEY: json.dumps(description)}))  # save_file's are for the owner alone
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, save(weights, {METADATA_KEY: json.dumps(description)}))
 
 
 def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dict, dict[str, Tensor]]:
@@ -127,7 +123,7 @@ def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
     if METADATA_KEY not in metadata:
         raise ClassifierError("this safetensors file is not a relation classifier: its metadata has no entry "
                               f"{METADATA_KEY!r}. Choose another file, or convert a published .pth with "
-                              "`python -m classifiers.convert`.")
+                              "`python dev.py run -m learn_to_steer.classifiers.convert`.")
     try:
         description = json.loads(metadata[METADATA_KEY])
         if description["format_version"] != FORMAT_VERSION:

@@ -1,4 +1,7 @@
-"""`python -m classifiers.convert in.pth out.safetensors`: a published checkpoint in this project's own format."""
+"""Converts a published checkpoint to this project's own format.
+
+    python dev.py run -m learn_to_steer.classifiers.convert in.pth out.safetensors
+"""
 from __future__ import annotations
 
 import argparse
@@ -10,7 +13,7 @@ from .geometric import GeometricClassifier
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m classifiers.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="learn_to_steer.classifiers.convert", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="published checkpoint (.pth, .pt); code inside it is never run")
     parser.add_argument("target", help="file to write (.safetensors)")
     parser.add_argument("--backbone", choices=BACKBONES,

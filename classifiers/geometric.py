@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import ABOVE, BELOW, LEFT, RIGHT, ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
+from ..prompts.relations import ABOVE, BELOW, LEFT, RIGHT
+from .base import ClassifierError, MapLayout, RelationClassifier, check_maps, working_dtype
 
 # (x, y) direction in which the subject lies from the object
 DIRECTIONS = {
@@ -173,7 +174,7 @@ def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
     return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
 
 
-def spread(subject: Tensor, object: Tensor, weights: Tensor | None = None) -> Tensor:
+def compactness_penalty(subject: Tensor, object: Tensor, weights: Tensor | None = None) -> Tensor:
     """How far the two objects' attention spreads beyond COMPACT_RADIUS, [B], as a fraction of the picture's side.
 
     subject, object: [B, channels, H, W]; weights: see `averaged`. Large where an object is about to be drawn twice, which

@@ -75,7 +75,8 @@ def _unpickle(path: Path) -> object:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         raise ClassifierError(f"reading a pickled checkpoint safely needs PyTorch {'.'.join(map(str, SAFE_TORCH))} or "
                               f"newer; here is {torch.__version__}. Update PyTorch, or convert the file to "
-                              ".safetensors on a machine that has it (`python -m classifiers.convert`).")
+                              ".safetensors on a machine that has it "
+                              "(`python dev.py run -m learn_to_steer.classifiers.convert`).")
     try:
         with _allowed_only(_harmless_types()):
             return torch.load(path, map_location="cpu", weights_only=True)

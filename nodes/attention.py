@@ -4,9 +4,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..steering.pictures import overlay
-from ..steering.records import AttentionRecord
-from ..steering.sampling import Capture, apply_capture
+from ..host.capturing import Capture
+from ..host.patching import apply_capture
+from ..host.records import AttentionRecord
+from ..pictures.overlays import overlay
 from .types import CATEGORY, Graph, Maps, RunLog, maps_output
 
 

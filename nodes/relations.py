@@ -3,9 +3,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..steering.relations import RELATIONS, RelationError, RelationGraph, build_graph, parse_predicate
-from ..steering.relations import Relation as SpatialRelation
-from ..steering.tokens import encode_prompt
+from ..host.tokens import encode_prompt
+from ..prompts.graph import build_graph, parse_predicate
+from ..prompts.relations import RELATIONS, RelationError, RelationGraph
+from ..prompts.relations import Relation as SpatialRelation
 from .types import CATEGORY, Graph, Relation
 
 DIAGONALS = tuple(f"{vertical} and {horizontal}" for vertical in RELATIONS[:2] for horizontal in RELATIONS[2:])

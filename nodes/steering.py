@@ -7,11 +7,12 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io, ui
 
-from ..steering.optimizer import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
-from ..steering.pictures import probability_plot
+from ..host.patching import apply_steering, not_steered
+from ..host.steering import Steering
+from ..host.stepping import Schedule
+from ..pictures.overlays import probability_plot
 from ..steering.report import SteeringReport, UpdateRecord
-from ..steering.sampling import Steering, apply_steering, not_steered
-from ..steering.stepping import Schedule
+from ..steering.settings import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
 from .types import CATEGORY, Report, RunLog, classifier_input, graph_input, maps_output, report_output
 
 DEFAULTS = SteeringSettings()
@@ -54,7 +55,7 @@ def read_settings(start_percent: float, end_percent: float, step_size: float, ma
                             relations_per_update, save_memory, compactness)
 
 
-class Progress:
+class SamplingProgress:
     """Counts updates as well as denoising steps, and shows previews."""
 
     def __init__(self, model, schedule: Schedule, settings: SteeringSettings):
@@ -116,7 +117,7 @@ class SpatialSteeringKSampler(io.ComfyNode):
         settings = read_settings(**settings)
         sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise,
                                          model.model_options).sigmas
-        progress = Progress(model, Schedule.of(model.get_model_object("model_sampling"), sigmas), settings)
+        progress = SamplingProgress(model, Schedule.of(model.get_model_object("model_sampling"), sigmas), settings)
         steering = Steering(graph, classifier, settings, progress.update)
         patched, runs = apply_steering(model, steering)
         start = comfy.sample.fix_empty_latent_channels(

@@ -11,8 +11,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..classifiers.checkpoint import load_classifier, save_classifier
-from ..steering.backbones import find_backbone
-from ..training.dataset import Progress, RelationDataset, build_dataset
+from ..host.backbones import find_backbone
+from ..training.dataset import BuildProgress, RelationDataset, build_dataset
 from ..training.evaluation import confusion_chart, loss_chart
 from ..training.gqa import read_gqa
 from ..training.inversion import InversionSettings, Inverter
@@ -106,7 +106,7 @@ class RelationDatasetBuilder(io.ComfyNode):
         settings = InversionSettings.for_backbone(backbone, steps, iterations=iterations)
         bar = comfy.utils.ProgressBar(1)
 
-        def show(progress: Progress) -> None:
+        def show(progress: BuildProgress) -> None:
             check_interrupt()
             bar.update_absolute(progress.done, progress.total)
 

@@ -1,1 +1,1 @@
-"""The method, in the order the data walks it: relations, tokens, attention maps, loss, gradient, latent."""
+"""The method on plain tensors: attention maps, loss, update rule, report. No host."""

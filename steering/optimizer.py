@@ -10,40 +10,11 @@ from torch import Tensor
 
 from .objective import Judgement, total_loss
 from .report import UpdateRecord
-
-UPDATE_RULES = ("normalised", "raw gradient")
-RELATIONS_PER_UPDATE = ("all", "one")
+from .settings import SteeringSettings
 
 
 @dataclass(frozen=True)
-class SteeringSettings:
-    """How to steer.
-
-    start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
-    in percent of a unit-variance latent's norm (of the part that can move); with "raw gradient" (the paper's rule), the
-    factor on the gradient. Both in model-input space. max_updates: per denoising step. stop_probability: a step ends
-    once every relation's fulfilment (probability, less while an object's attention is spread) reached it.
-    relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule). compactness: weight
-    of the term that keeps each object in one place (0: the paper's loss).
-    """
-
-    start: float = 0.0
-    end: float = 0.36
-    step_size: float = 2.5
-    max_updates: int = 3
-    stop_probability: float = 0.99
-    update_rule: str = "normalised"
-    relations_per_update: str = "all"
-    recompute: bool = False
-    compactness: float = 6.0
-
-    @property
-    def is_off(self) -> bool:
-        return self.step_size == 0 or self.max_updates == 0 or self.end <= self.start
-
-
-@dataclass(frozen=True)
-class Moment:
+class StepInfo:
     """A denoising step: its index, its sigma, and the fraction of the schedule that lies behind it."""
 
     step: int
@@ -52,7 +23,7 @@ class Moment:
 
 
 @dataclass
-class Look:
+class Evaluation:
     """One evaluation at a latent: what the classifier says, and the way back to the latent.
 
     gradient(loss): d loss / d latent, [B, …], in model-input space; may be called once.
@@ -75,44 +46,44 @@ def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
     return -gradient * (length / norm).reshape(-1, *[1] * (gradient.ndim - 1))
 
 
-def steer_step(latent: Tensor, look: Callable[[Tensor], Look | None], weights: tuple[float, ...],
-               settings: SteeringSettings, moment: Moment, turn: int = 0,
+def steer_step(latent: Tensor, evaluate: Callable[[Tensor], Evaluation | None], weights: tuple[float, ...],
+               settings: SteeringSettings, step: StepInfo, turn: int = 0,
                on_record: Callable[[UpdateRecord], None] = lambda record: None,
                move: Callable[[Tensor, SteeringSettings], Tensor] = displacement) -> Tensor:
     """Moves `latent` [B, …] (model-input space) until every relation holds or the updates are used up.
 
-    look: evaluates a latent, None where the host ran nothing that could be read; weights: of the relations, above 0;
+    evaluate: of a latent; None where the host ran nothing that could be read; weights: of the relations, above 0;
     turn: updates before this step, for taking turns; on_record: called after each evaluation, may raise to interrupt;
     move: from a gradient to the displacement. Each picture of the batch stops on its own. A non-finite gradient moves
     nothing.
     """
     for update in range(settings.max_updates):
         began = time.perf_counter()
-        seen = look(latent)
-        if seen is None:
-            on_record(_record(moment, update, None, None, None, None, "not recorded", began))
+        evaluation = evaluate(latent)
+        if evaluation is None:
+            on_record(_record(step, update, None, None, None, None, "not recorded", began))
             return latent
-        open_pictures = ~(seen.judgement.fulfilment >= settings.stop_probability).all(-1)
+        open_pictures = ~(evaluation.judgement.fulfilment >= settings.stop_probability).all(-1)
         chosen = (turn + update) % len(weights) if settings.relations_per_update == "one" else None
-        loss = total_loss(seen.judgement, weights, chosen)
+        loss = total_loss(evaluation.judgement, weights, chosen)
         if not open_pictures.any():
-            on_record(_record(moment, update, seen, loss, None, open_pictures, "satisfied", began))
+            on_record(_record(step, update, evaluation, loss, None, open_pictures, "satisfied", began))
             return latent
-        gradient = seen.gradient(loss)
+        gradient = evaluation.gradient(loss)
         finite = gradient.flatten(1).isfinite().all(-1)
         moved = open_pictures & finite
         mask = moved.reshape(-1, *[1] * (latent.ndim - 1))
         latent = torch.where(mask, latent + move(gradient, settings), latent)
         outcome = "moved" if finite[open_pictures].all() else "non-finite gradient"
-        on_record(_record(moment, update, seen, loss, gradient, moved, outcome, began))
+        on_record(_record(step, update, evaluation, loss, gradient, moved, outcome, began))
     return latent
 
 
-def _record(moment: Moment, update: int, look: Look | None, loss: Tensor | None, gradient: Tensor | None,
+def _record(step: StepInfo, update: int, evaluation: Evaluation | None, loss: Tensor | None, gradient: Tensor | None,
             moved: Tensor | None, outcome: str, began: float) -> UpdateRecord:
     return UpdateRecord(
-        step=moment.step, update=update, sigma=moment.sigma, progress=moment.progress,
+        step=step.step, update=update, sigma=step.sigma, progress=step.progress,
         loss=() if loss is None else tuple(loss.detach().tolist()),
-        probability=() if look is None else tuple(map(tuple, look.judgement.probability.tolist())),
+        probability=() if evaluation is None else tuple(map(tuple, evaluation.judgement.probability.tolist())),
         gradient_norm=None if gradient is None else tuple(gradient.flatten(1).norm(dim=1).tolist()),
         moved=() if moved is None else tuple(moved.tolist()), outcome=outcome, seconds=time.perf_counter() - began)

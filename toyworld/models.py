@@ -55,10 +55,10 @@ def read_weights(path: Path, model: str) -> dict[str, torch.Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except OSError as error:
         raise FileNotFoundError(f"small-world weights {path} cannot be read ({error}); "
-                                f"train them with `python -m toyworld.train {model}`") from error
+                                f"train them with `python dev.py run -m dev.toyworld.train {model}`") from error
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file ({error}); train it anew with "
-                         f"`python -m toyworld.train {model}`") from error
+                         f"`python dev.py run -m dev.toyworld.train {model}`") from error
     if metadata.get("format") != FORMAT or metadata.get("model") != model:
         raise ValueError(f"{path} holds {metadata.get('model', 'no')!r} weights in format {metadata.get('format')!r}; "
                          f"expected {model!r} in {FORMAT!r}")
@@ -76,7 +76,7 @@ def read_kind(path: Path) -> str:
     with safe_open(path, framework="pt") as file:
         kind = (file.metadata() or {}).get("model")
     if kind not in LOADERS:
-        raise ValueError(f"{path} holds no small-world model. It must be a file of `python -m toyworld.train`.")
+        raise ValueError(f"{path} holds no small-world model. It must be a file of `python dev.py run -m dev.toyworld.train`.")
     return kind
 
 

@@ -5,13 +5,13 @@ stopped when the same command is given again.
 """
 from __future__ import annotations
 
-import importlib
 import sys
 
-from standalone import PACKAGE, load_pack
+from dev.standalone import load_pack
 
 load_pack()
-main = importlib.import_module(f"{PACKAGE}.training.command").main
+
+from learn_to_steer.training.command import main  # noqa: E402  (the host must be on the path first)
 
 if __name__ == "__main__":
     sys.exit(main())

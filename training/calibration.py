@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate
-from ..steering.predicates import RELATIONS
+from ..prompts.relations import RELATIONS
+from .data import Data, Item, check_splits, common_layout, read_split
 from .dataset import RelationDataset
-from .evaluation import BATCH, Evaluation, Item, evaluate
+from .evaluation import BATCH, Evaluation, evaluate
 from .storage import TrainingError
-from .trainer import Data, check_splits, common_layout, read_split
 
 _AXES = torch.tensor([DIRECTIONS[relation] for relation in RELATIONS])
 _CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import torch
 
 from ..classifiers.base import ClassifierError
 from ..classifiers.checkpoint import save_classifier
-from ..steering.backbones import UnsupportedModel, find_backbone
-from ..steering.tokens import TokenError
+from ..host.backbones import UnsupportedModel, find_backbone
+from ..host.tokens import TokenError
 from .calibration import calibrate
-from .dataset import Progress, RelationDataset, build_dataset
+from .dataset import BuildProgress, RelationDataset, build_dataset
 from .gqa import read_gqa
 from .inversion import InversionSettings, Inverter
 from .models import load_models
@@ -132,7 +132,7 @@ def build(given: argparse.Namespace) -> None:
     started = time.monotonic()
     already: list[int] = []
 
-    def show(progress: Progress) -> None:
+    def show(progress: BuildProgress) -> None:
         already.append(progress.done)
         fresh, seconds = progress.done - already[0], time.monotonic() - started
         minutes = (progress.total - progress.done) * seconds / max(fresh, 1) / 60

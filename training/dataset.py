@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..steering.predicates import RELATIONS
+from ..files.writing import remove_partial_files, replace_file, write_json
+from ..prompts.relations import RELATIONS
 from .captions import Caption, Inverted
 from .sources import SPLITS, Candidate, Drop, Example, Source
-from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
+from .storage import TrainingError, read_json
 
 LOGGER = logging.getLogger("learn_to_steer")
 FORMAT = "learn-to-steer relation dataset 1"
@@ -62,7 +63,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """Counts of candidates (pictures), and of samples kept and dropped so far."""
 
     done: int
@@ -82,7 +83,7 @@ class Shard:
 
 
 def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16, seed: int = 0,
-                  on_progress: Callable[[Progress], None] = lambda progress: None) -> dict:
+                  on_progress: Callable[[BuildProgress], None] = lambda progress: None) -> dict:
     """Builds the dataset, or goes on with one that was begun by the same settings, and returns its manifest.
 
     batch: pictures in a shard, which are inverted together. Raises TrainingError where the folder holds another
@@ -120,7 +121,7 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
             replace_file(path, _shard_bytes(maps, shard))
         found[name] = shard
         done += len(members)
-        on_progress(Progress(done, len(candidates), sum(len(shard.samples) for shard in found.values()),
+        on_progress(BuildProgress(done, len(candidates), sum(len(shard.samples) for shard in found.values()),
                              sum(len(shard.drops) for shard in found.values())))
     manifest = _manifest(plan, found)
     write_json(folder / "manifest.json", manifest)

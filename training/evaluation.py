@@ -4,28 +4,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..steering.pictures import curve_chart, matrix_chart, save_png
-from ..steering.predicates import RELATIONS
-
-if TYPE_CHECKING:
-    from .trainer import Data, EpochResult
+from ..pictures.overlays import curve_chart, matrix_chart, save_png
+from ..prompts.relations import RELATIONS
+from .data import Data, EpochResult, Item
 
 BATCH = 256
 CAPTIONS = ("true caption", "wrong caption")
-
-
-@dataclass(frozen=True)
-class Item:
-    """A sample (row of a split) at one of its recorded steps (place in `timesteps`)."""
-
-    row: int
-    step: int
 
 
 @dataclass(frozen=True)

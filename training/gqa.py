@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..steering.predicates import OPPOSITE, RELATIONS, RelationError, parse_predicate
+from ..prompts.predicates import parse_predicate
+from ..prompts.relations import OPPOSITE, RELATIONS, RelationError
 from .sources import Box, Label, LabelledPictures, Quota, overlapping
 from .storage import TrainingError, read_json
 

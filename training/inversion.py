@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..classifiers.steps import PAPER_TIMESTEPS
+from ..host.backbones import find_backbone
+from ..host.tokens import CONDITIONING_KEY, TokenError, encode_prompt
 from ..steering.attention import AttentionMaps, LayerMaps, MapRecorder, WordColumns
-from ..steering.backbones import find_backbone
-from ..steering.tokens import CONDITIONING_KEY, TokenError, encode_prompt
 from .captions import Caption, Inverted
 from .storage import TrainingError
 

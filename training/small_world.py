@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from ..steering.backbones import find_backbone
-from ..steering.predicates import RELATIONS
+from ..host.backbones import find_backbone
+from ..prompts.relations import RELATIONS
 from ..toyworld.config import SAMPLING, Sampling
 from ..toyworld.detector import detect
 from ..toyworld.latent import PATCH

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..steering.predicates import OPPOSITE, RELATIONS, RelationError, parse_predicate
+from ..prompts.predicates import parse_predicate
+from ..prompts.relations import OPPOSITE, RELATIONS, RelationError
 from .storage import TrainingError, read_json
 
 LOGGER = logging.getLogger("learn_to_steer")

@@ -1,36 +1,12 @@
-"""Files that are whole or not there, whenever the process is killed."""
+"""The error of training, and reading JSON with it."""
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-
-PARTIAL = ".partial"
 
 
 class TrainingError(ValueError):
     """Training data or a training run cannot be used; the message says what is wrong, where, and what to do."""
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes aside, brings it to the disk, renames: a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")  # hidden: GenEval takes every name that begins as a picture's does
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":  # the rename itself is on the disk only with the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Equal values give equal bytes."""
-    replace_file(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> object:
@@ -41,9 +17,3 @@ def read_json(path: Path) -> object:
         raise TrainingError(f"There is no file {path}.") from error
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read as JSON ({error}).") from error
-
-
-def remove_partial_files(folder: Path) -> None:
-    """What a killed process left half written."""
-    for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink()

@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..classifiers.base import MapLayout
 from ..classifiers.checkpoint import save_classifier
 from ..classifiers.learned import LearnedClassifier
 from ..classifiers.network import RelationNetwork, paper_config
-from ..classifiers.steps import StepMapping
-from ..steering.predicates import RELATIONS, VERTICAL
+from ..files.writing import remove_partial_files, replace_file, write_json
+from ..prompts.relations import RELATIONS, VERTICAL
+from .data import Data, EpochResult, Item, check_splits, common_layout, read_split
 from .dataset import RelationDataset, Sample
-from .evaluation import Evaluation, Item, evaluate, save_charts
+from .evaluation import Evaluation, evaluate, save_charts
 from .sources import SPLITS
-from .storage import TrainingError, read_json, remove_partial_files, replace_file, write_json
+from .storage import TrainingError, read_json
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -64,16 +64,6 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """rate: learning rate of the epoch; losses are means of the cross-entropy."""
-
-    train_loss: float
-    validation_loss: float
-    validation_accuracy: float
-    rate: float
-
-
-@dataclass(frozen=True)
 class TrainingProgress:
     """Where a run is; history: the epochs that are over."""
 
@@ -82,25 +72,6 @@ class TrainingProgress:
     batch: int
     batches: int
     history: Sequence[EpochResult]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Maps and samples of one split, ready for batches. An item is a sample at one of its steps."""
-
-    samples: list[Sample]
-    maps: list[Tensor]
-    timesteps: tuple[int, ...]
-
-    def items(self) -> list[Item]:
-        return [Item(row, step) for row in range(len(self.samples)) for step in range(len(self.timesteps))]
-
-    def batch(self, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Subject maps, object maps [B, channels, size, size] fp32, step indices [B], relations [B]."""
-        maps = torch.stack([self.maps[item.row][item.step] for item in items]).to(device).float()
-        steps = torch.tensor([self.timesteps[item.step] for item in items], device=device)
-        truth = torch.tensor([RELATIONS.index(self.samples[item.row].relation) for item in items], device=device)
-        return maps[:, 0], maps[:, 1], steps, truth
 
 
 def mirrored(subject: Tensor, other: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,52 +260,3 @@ class TrainingRun:
             unknown = bool({sample.subject, sample.object} & held_out)
             groups[f"{split}, held-out objects" if unknown else split].append(item)
         return {name: evaluate(self.network, data, items, self.device) for name, items in groups.items() if items}
-
-
-def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping, str]:
-    """Layout, steps and licences of datasets that can be trained on together."""
-    def kind(dataset: RelationDataset) -> tuple:
-        maps = dataset.manifest["maps"]
-        return (dataset.channels, maps["size"], maps["normalise"], maps["backbone"], tuple(maps["timesteps"]),
-                maps["steps"])
-
-    filled = [dataset for dataset in datasets if dataset.channels]
-    if not filled:
-        raise TrainingError("The dataset has no samples: all its pictures were dropped. Its manifest.json says why.")
-    if len({kind(dataset) for dataset in filled}) > 1:
-        raise TrainingError("These datasets hold maps of different models, sizes or steps: "
-                            + ", ".join(str(dataset.folder) for dataset in filled) + ". Train on one kind.")
-    channels, size, normalise, backbone, timesteps, steps = kind(filled[0])
-    licences = dict.fromkeys(dataset.manifest["licence"] for dataset in filled)
-    return MapLayout(size, normalise, channels, backbone), StepMapping(timesteps, steps), "; ".join(licences)
-
-
-def check_splits(datasets: Sequence[RelationDataset]) -> None:
-    """Raises TrainingError where a picture is on one side in one dataset and on another in the next.
-
-    A name says the same picture in all datasets of a kind, but of tables only in equal ones. Within one dataset its
-    source sees to it.
-    """
-    if len(datasets) == 1:
-        return
-    known: dict[tuple, tuple[str, Path]] = {}
-    for dataset in datasets:
-        source = dataset.manifest["source"]
-        table = source["labels_sha256"] if source["kind"] == "folder" else ""
-        for split in SPLITS:
-            for picture in dataset.pictures(split):
-                there, folder = known.setdefault((source["kind"], table, picture), (split, dataset.folder))
-                if there != split:
-                    raise TrainingError(f"Picture {picture!r} is for {there} in {folder} and for {split} in {dataset.folder}. "
-                                        "Build both with the same seed and with numbers per relation in the same proportion, or "
-                                        "train on one of them.")
-
-
-def read_split(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:
-    samples: list[Sample] = []
-    maps: list[Tensor] = []
-    for dataset in datasets:
-        more_samples, more_maps = dataset.read(split)
-        samples += more_samples
-        maps += more_maps
-    return Data(samples, maps, timesteps)

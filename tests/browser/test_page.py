@@ -5,7 +5,7 @@ import json
 
 from templates import plain_templates
 
-from devtools.workflow import to_prompt
+from dev.workflow import to_prompt
 
 
 def test_page_shows_the_default_graph_without_errors(browser_page):

@@ -1,9 +1,9 @@
 """Tests here run in the host's own modules, in this process; the pack is loaded as the host loads it."""
 from __future__ import annotations
 
-import standalone
+from dev.standalone import load_pack
 
-pack = standalone.load_pack()
+pack = load_pack()
 pack.register_model_folders()
 
 import comfy.sample  # noqa: E402
@@ -11,9 +11,9 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from learn_to_steer.classifiers.geometric import GeometricClassifier  # noqa: E402
-from learn_to_steer.steering.optimizer import SteeringSettings  # noqa: E402
-from learn_to_steer.steering.relations import build_graph  # noqa: E402
-from learn_to_steer.steering.sampling import Steering  # noqa: E402
+from learn_to_steer.host.steering import Steering  # noqa: E402
+from learn_to_steer.prompts.graph import build_graph  # noqa: E402
+from learn_to_steer.steering.settings import SteeringSettings  # noqa: E402
 
 torch.set_num_threads(1)
 PROMPT = "a photo of a dog to the left of a teddy bear"

@@ -8,12 +8,14 @@ import tiny
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from conftest import Scene, pack
-from learn_to_steer.benchmarks.passes import SD21
+from learn_to_steer.host.backbones import UnsupportedModel, find_backbone
+from learn_to_steer.host.capturing import Capture
+from learn_to_steer.host.gradient import differentiable_attention
+from learn_to_steer.host.patching import apply_capture
+from learn_to_steer.host.tokens import TokenError, TokenisedPrompt
 from learn_to_steer.steering.attention import AttentionMaps, LayerMaps, MapRecorder, WordColumns, word_maps
-from learn_to_steer.steering.backbones import UnsupportedModel, find_backbone
-from learn_to_steer.steering.gradient import differentiable_attention
-from learn_to_steer.steering.sampling import Capture, apply_capture
-from learn_to_steer.steering.tokens import TokenError, TokenisedPrompt
+
+from dev.benchmarks.passes import SD21
 
 SD15 = {**SD21, "num_heads": 8, "num_head_channels": -1, "context_dim": 768, "use_linear_in_transformer": False}
 

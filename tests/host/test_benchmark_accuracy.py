@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+from learn_to_steer.toyworld.config import SAMPLING
 
-from benchmarks import accuracy
-from toyworld.config import SAMPLING
+from dev.benchmarks import accuracy
 
 QUICK = dataclasses.replace(SAMPLING["unet"], steps=3)
 

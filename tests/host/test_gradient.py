@@ -10,12 +10,14 @@ import pytest
 import tiny
 import torch
 from conftest import PROMPT, Scene, pack
+from learn_to_steer.host.gradient import differentiable, scaled_gradient
+from learn_to_steer.host.patching import _patched
+from learn_to_steer.host.records import RunLog
+from learn_to_steer.host.steering import SteeringSession
 from learn_to_steer.steering.attention import word_maps
-from learn_to_steer.steering.gradient import differentiable, scaled_gradient
 from learn_to_steer.steering.objective import total_loss
-from learn_to_steer.steering.optimizer import SteeringSettings, displacement
-from learn_to_steer.steering.records import RunLog
-from learn_to_steer.steering.sampling import SteeringSession, _patched
+from learn_to_steer.steering.optimizer import displacement
+from learn_to_steer.steering.settings import SteeringSettings
 
 SD15 = {"use_linear_in_transformer": False, "num_heads": 4, "num_head_channels": -1}
 SDXL = {"channel_mult": [1, 2, 2], "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 2],
@@ -37,10 +39,10 @@ class Checked(SteeringSession):
             sigma = sigma.clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).clone()
             latent = (x.clone() * scale).to(self.base_model.get_dtype())
-            look = functools.partial(self._look, host_model, sigma, scale, arguments, step)
+            evaluate = functools.partial(self._evaluate, host_model, sigma, scale, arguments, step)
 
             def loss(at):
-                seen = look(at)
+                seen = evaluate(at)
                 return seen, total_loss(seen.judgement, (1.0,), None)
 
             seen, value = loss(latent)

@@ -12,8 +12,9 @@ from comfy.text_encoders.flux import FluxTokenizer, flux_clip
 from comfy_extras.nodes_cond import T5TokenizerOptions
 from comfy_extras.nodes_edit_model import ReferenceLatent
 from conftest import PROMPT, Scene
-from learn_to_steer.steering.sampling import Capture, apply_capture
-from learn_to_steer.steering.tokens import CONDITIONING_KEY, encode_prompt
+from learn_to_steer.host.capturing import Capture
+from learn_to_steer.host.patching import apply_capture
+from learn_to_steer.host.tokens import CONDITIONING_KEY, encode_prompt
 from test_gradient import assert_agree, check
 from tiny import fill
 from tiny_flux import tiny_flux

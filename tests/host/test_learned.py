@@ -9,7 +9,7 @@ from conftest import Scene
 from learn_to_steer.classifiers.base import ClassifierError
 from learn_to_steer.classifiers.checkpoint import load_classifier, save_classifier
 from learn_to_steer.classifiers.network import RelationNetwork, paper_config
-from learn_to_steer.steering.sampling import apply_steering
+from learn_to_steer.host.patching import apply_steering
 from test_gradient import assert_agree, build, check
 
 RELATIONS = ("above", "below", "to the left of", "to the right of", "is")

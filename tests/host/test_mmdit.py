@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from standalone import load_pack
+from dev.standalone import load_pack
 
 load_pack()
 
 import comfy.ops  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.text_encoders.flux import FluxTokenizer  # noqa: E402
+from learn_to_steer.host.backbones import UnsupportedModel, find_backbone  # noqa: E402
+from learn_to_steer.host.backbones.mmdit import MMDiTBackbone  # noqa: E402
+from learn_to_steer.host.tokens import TokenisedPrompt  # noqa: E402
 from learn_to_steer.steering.attention import AttentionMaps, MapRecorder, WordColumns  # noqa: E402
-from learn_to_steer.steering.backbones import UnsupportedModel, find_backbone  # noqa: E402
-from learn_to_steer.steering.backbones.mmdit import MMDiTBackbone  # noqa: E402
-from learn_to_steer.steering.tokens import TokenisedPrompt  # noqa: E402
 from tiny import unet_patcher  # noqa: E402
 from tiny_flux import FLUX_DEV, TINY_FLUX, Inputs, tiny_flux  # noqa: E402
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from standalone import load_pack
+from dev.standalone import load_pack
 
 load_pack()
 
 import comfy.model_management  # noqa: E402
+from learn_to_steer.host.backbones.mmdit import MMDiTBackbone  # noqa: E402
+from learn_to_steer.host.gradient import differentiable  # noqa: E402
 from learn_to_steer.steering.attention import MapRecorder, WordColumns  # noqa: E402
-from learn_to_steer.steering.backbones.mmdit import MMDiTBackbone  # noqa: E402
-from learn_to_steer.steering.gradient import differentiable  # noqa: E402
 from tiny_flux import Inputs, tiny_flux  # noqa: E402
 
 WORDS = {"dog": (2,), "teddy bear": (4, 5)}

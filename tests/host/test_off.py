@@ -13,12 +13,15 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from conftest import Scene
 from learn_to_steer.classifiers.geometric import GeometricClassifier
+from learn_to_steer.host.capturing import Capture
+from learn_to_steer.host.patching import apply_capture, apply_steering
+from learn_to_steer.host.stepping import SteeringError
 from learn_to_steer.nodes.steering import SpatialSteeringKSampler
+from learn_to_steer.prompts.graph import build_graph
+from learn_to_steer.prompts.relations import Relation, RelationGraph
 from learn_to_steer.steering.objective import Judgement
-from learn_to_steer.steering.optimizer import Look, Moment, SteeringSettings, steer_step
-from learn_to_steer.steering.relations import Relation, RelationGraph, build_graph
-from learn_to_steer.steering.sampling import Capture, apply_capture, apply_steering
-from learn_to_steer.steering.stepping import SteeringError
+from learn_to_steer.steering.optimizer import Evaluation, StepInfo, steer_step
+from learn_to_steer.steering.settings import SteeringSettings
 
 SAMPLERS = ["euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "euler_ancestral"]
 WEIGHTLESS = RelationGraph((Relation("dog", ("above",), "teddy bear", 0.0),))
@@ -89,12 +92,12 @@ def test_a_step_goes_on_while_an_object_is_spread():
     """A relation that holds is not enough: an object seen in two places would be drawn twice."""
     spreads, records = iter((0.2, 0.2, 0.0)), []
 
-    def look(latent: torch.Tensor) -> Look:
+    def look(latent: torch.Tensor) -> Evaluation:
         judgement = Judgement(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([[next(spreads)]]))
-        return Look(judgement, lambda loss: torch.ones_like(latent))
+        return Evaluation(judgement, lambda loss: torch.ones_like(latent))
 
     moved = steer_step(torch.zeros(1, 4, 8, 8), look, (1.0,), SteeringSettings(stop_probability=0.99, max_updates=5),
-                       Moment(0, 1.0, 0.0), on_record=records.append)
+                       StepInfo(0, 1.0, 0.0), on_record=records.append)
     assert [record.outcome for record in records] == ["moved", "moved", "satisfied"]
     assert (moved != 0).all()
 

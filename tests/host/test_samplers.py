@@ -5,8 +5,8 @@ import comfy.samplers
 import pytest
 import torch
 from conftest import Scene
-from learn_to_steer.steering.sampling import apply_steering
-from learn_to_steer.steering.stepping import Schedule, SteeringError
+from learn_to_steer.host.patching import apply_steering
+from learn_to_steer.host.stepping import Schedule, SteeringError
 
 SELF_WILLED = {"dpm_fast", "dpm_adaptive"}
 

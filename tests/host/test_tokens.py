@@ -8,7 +8,7 @@ import torch
 from comfy.sd1_clip import SD1Tokenizer
 from comfy.sdxl_clip import SDXLTokenizer
 from comfy.text_encoders.flux import FluxTokenizer
-from learn_to_steer.steering.tokens import TokenError, TokenisedPrompt
+from learn_to_steer.host.tokens import TokenError, TokenisedPrompt
 
 FLUX, SDXL = FluxTokenizer(), SDXLTokenizer()
 STREAMS = ("l", "t5xxl")

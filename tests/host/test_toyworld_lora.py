@@ -3,18 +3,18 @@ from __future__ import annotations
 
 import pytest
 
-from standalone import prepare_host
+from dev.standalone import prepare_host
 
 prepare_host()
 
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from learn_to_steer.toyworld.models import LOADERS, WEIGHTS  # noqa: E402
+from learn_to_steer.toyworld.text import WordTokenizer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from toyworld import lora  # noqa: E402
-from toyworld.models import LOADERS, WEIGHTS  # noqa: E402
-from toyworld.text import WordTokenizer  # noqa: E402
-from toyworld.train import build_recipe  # noqa: E402
+from dev.toyworld import lora  # noqa: E402
+from dev.toyworld.train import build_recipe  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["unet", "flux"])

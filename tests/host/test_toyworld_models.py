@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from standalone import prepare_host
+from dev.standalone import prepare_host
 
 prepare_host()
 
 import comfy.sd  # noqa: E402  (the host must be on the path first)
 import latent_preview  # noqa: E402
+from learn_to_steer.classifiers import checkpoint  # noqa: E402
+from learn_to_steer.toyworld import models, text  # noqa: E402
+from learn_to_steer.toyworld.config import FLUX_CONFIG, RULE, SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
+from learn_to_steer.toyworld.detector import detect, judge  # noqa: E402
+from learn_to_steer.toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
+from learn_to_steer.toyworld.scenes import LAYOUTS, Layout, random_scene, relation_parts, two_object_prompts  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
-from classifiers import checkpoint  # noqa: E402
-from toyworld import models, text, train  # noqa: E402
-from toyworld.config import FLUX_CONFIG, RULE, SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
-from toyworld.detector import detect, judge  # noqa: E402
-from toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
-from toyworld.scenes import LAYOUTS, Layout, random_scene, relation_parts, two_object_prompts  # noqa: E402
+from dev.toyworld import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_the_shipped_file_is_small_and_says_how_it_was_trained(name: str) -> Non
 
 
 @pytest.mark.parametrize(("content", "error", "message"), [
-    (None, FileNotFoundError, "python -m toyworld.train unet"),
+    (None, FileNotFoundError, "python dev.py run -m dev.toyworld.train unet"),
     (b"not a tensor file", ValueError, "no safetensors file"),
     ({"format": "something else"}, ValueError, "expected 'unet'"),
 ])

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toyworld.optimizers import FlatMuon, orthogonal
+from dev.toyworld.optimizers import FlatMuon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (96, 40)])

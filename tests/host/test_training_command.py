@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from standalone import load_pack
+from dev.standalone import load_pack
 
 load_pack()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from standalone import load_pack
+from dev.standalone import load_pack
 
 load_pack()
 

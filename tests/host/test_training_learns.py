@@ -1,13 +1,13 @@
 """Training reads a layout out of maps of the size that real ones have: each sums to 1 over its cells."""
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
-from training_pack import pack
 
-captions, dataset, sources, storage, trainer = (pack(f"training.{name}") for name in (
+captions, dataset, sources, storage, trainer = (importlib.import_module(f"learn_to_steer.training.{name}") for name in (
     "captions", "dataset", "sources", "storage", "trainer"))
 SPOTS = {"above": (3, 8, 12, 8), "below": (12, 8, 3, 8), "to the left of": (8, 3, 8, 12), "to the right of": (8, 12, 8, 3)}
 """Row and column of the subject's spot, then of the object's."""
@@ -52,7 +52,7 @@ class SpotMaps:
 
 @pytest.mark.parametrize("use_mean", [False, True])
 def test_a_few_epochs_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_mean: bool) -> None:
-    network = pack("classifiers.network")
+    network = importlib.import_module("learn_to_steer.classifiers.network")
     extractor = network.ExtractorConfig(use_mean=use_mean)
     monkeypatch.setattr(trainer, "paper_config",
                         lambda backbone, **changes: network.paper_config(backbone, extractor=extractor, **changes))
@@ -122,7 +122,8 @@ class MixedMaps(SpotMaps):
 
 def test_calibration_finds_the_channels_that_know_the_place(tmp_path: Path) -> None:
     dataset.build_dataset(tmp_path / "data", Spots(), MixedMaps(), batch=8)
-    rule = pack("training.calibration").calibrate([dataset.RelationDataset(tmp_path / "data")], "spots")
+    calibration = importlib.import_module("learn_to_steer.training.calibration")
+    rule = calibration.calibrate([dataset.RelationDataset(tmp_path / "data")], "spots")
     assert (rule.channel_weights > 0.4).tolist() == [True, False, False, True, False, False]
     assert rule.channel_weights[2] == 0 and rule.channel_weights.sum() == pytest.approx(1)
     results = rule.training["results"]
@@ -131,6 +132,6 @@ def test_calibration_finds_the_channels_that_know_the_place(tmp_path: Path) -> N
 
 
 def test_calibration_says_when_no_channel_knows() -> None:
-    calibration = pack("training.calibration")
+    calibration = importlib.import_module("learn_to_steer.training.calibration")
     with pytest.raises(calibration.TrainingError, match="No channel is right more often than chance on 20 pictures"):
         calibration.channel_weights(torch.tensor([0.6, 0.5, 0.1]), 20)

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import torch
-from training_pack import pack
+from learn_to_steer.prompts.relations import RELATIONS
+from learn_to_steer.training.trainer import mirrored
 
-RELATIONS, mirrored = pack("steering.predicates").RELATIONS, pack("training.trainer").mirrored
 OFFSETS = {"above": (-4, 0), "below": (4, 0), "to the left of": (0, -4), "to the right of": (0, 4)}
 
 

@@ -6,7 +6,8 @@ import uuid
 import comfy.supported_models
 import torch
 from comfy.sd1_clip import SD1Tokenizer
-from learn_to_steer.benchmarks.passes import random_unet
+
+from dev.benchmarks.passes import random_unet
 
 TINY_UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
@@ -35,7 +36,7 @@ def unet_patcher(overrides: dict | None = None, config=comfy.supported_models.SD
 
 def conditioning(pack, text: str, width: int = 32, batch: int = 1, seed: int = 1, **extra) -> list:
     """CONDITIONING with random embeddings of the real tokens of `text` (CLIP BPE)."""
-    tokens = pack.steering.tokens
+    tokens = pack.host.tokens
     prompt = tokens.TokenisedPrompt.read(text, SD1Tokenizer().tokenize_with_weights)
     ids = prompt.streams["l"]
     table = torch.randn(49408, width, generator=torch.Generator().manual_seed(seed))

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import comfy.model_base
 import comfy.supported_models
 import torch
-from learn_to_steer.benchmarks.passes import FLUX_DEV
 from tiny import fill
 from torch import Tensor
+
+from dev.benchmarks.passes import FLUX_DEV
 
 TINY_FLUX = {
     **FLUX_DEV, "in_channels": 4, "out_channels": 4, "hidden_size": 256, "num_heads": 2, "context_in_dim": 32,

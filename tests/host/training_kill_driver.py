@@ -17,7 +17,6 @@ from types import ModuleType
 
 import torch
 
-NAME = "learn_to_steer_without_host"
 KILLS = 10  # each of building and training
 
 
@@ -94,10 +93,9 @@ def finish(work: Callable[[], None]) -> float:
 
 
 def main(root: Path, work: Path) -> None:
-    package = ModuleType(NAME)
-    package.__path__ = [str(root)]
-    sys.modules[NAME] = package
-    captions, dataset, sources, trainer = (importlib.import_module(f"{NAME}.training.{name}") for name in (
+    sys.path.append(str(root))
+    importlib.import_module("dev")  # registers the pack
+    captions, dataset, sources, trainer = (importlib.import_module(f"learn_to_steer.training.{name}") for name in (
         "captions", "dataset", "sources", "trainer"))
     torch.set_num_threads(1)
 

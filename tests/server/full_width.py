@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from standalone import load_pack
+from dev.standalone import load_pack
 
 load_pack()
 
@@ -28,8 +28,9 @@ import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.ldm.models.autoencoder import AutoencoderKL  # noqa: E402
-from learn_to_steer.benchmarks.passes import FLUX_DEV, SD21, random_unet  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+
+from dev.benchmarks.passes import FLUX_DEV, SD21, random_unet  # noqa: E402
 
 KL = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
       "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from devtools.client import Client
-from devtools.server import Server
+from dev.client import Client
+from dev.server import Server
 
 RUNNING = pytest.StashKey[Server]()
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from devtools.client import Client, Progress, ServerError
+from dev.client import Client, PromptProgress, ServerError
 
 BLUE = {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 2, "color": 255}}
 
@@ -15,7 +15,7 @@ def save(source: str) -> dict:
 
 
 def test_images_and_progress(client: Client):
-    seen: list[Progress] = []
+    seen: list[PromptProgress] = []
     prompt = {"blue": BLUE | {"_meta": {"title": "Blue"}}, "save": save("blue")}
     result = client.run(prompt, seen.append)
     assert [(progress.node_id, progress.title) for progress in seen] == [("blue", "Blue"), ("save", "SaveImage")]

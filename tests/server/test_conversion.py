@@ -6,8 +6,8 @@ import json
 import pytest
 from templates import plain_templates
 
-from devtools.client import Client, ServerError
-from devtools.workflow import to_prompt
+from dev.client import Client, ServerError
+from dev.workflow import to_prompt
 
 NAMES = ("default", "sdxl_simple_example", "sdxlturbo_example", "sd3.5_simple_example", "flux_schnell",
          "image_chroma_text_to_image")

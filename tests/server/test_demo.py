@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from devtools import demo
-from devtools.client import ServerError
-from devtools.environment import ROOT
-from devtools.server import Server
-from devtools.workflow import WorkflowError
+from dev import demo
+from dev.client import ServerError
+from dev.environment import ROOT
+from dev.server import Server
+from dev.workflow import WorkflowError
 
 STOCK = {
     "version": 0.4,

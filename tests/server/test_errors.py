@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from devtools.client import Client, ServerError
+from dev.client import Client, ServerError
 
 
 def small_world(prompt: str = "a dog above a cat", words: str = "", relations: str = "", classifier: str = "geometric (built in)",

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from devtools.workflow import to_prompt
+from dev.workflow import to_prompt
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 SMALL = {"width": 192, "height": 128, "steps": 3, "max_updates": 1}

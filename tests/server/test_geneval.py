@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import geneval
-from devtools.client import Client, ServerError
-from devtools.workflow import set_seeds, set_text, to_prompt
+from dev.benchmarks import geneval
+from dev.client import Client, ServerError
+from dev.workflow import set_seeds, set_text, to_prompt
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "toyworld_steering.json"
 PNG = b"\x89PNG"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from devtools.client import ServerError
-from devtools.server import Server, free_port
+from dev.client import ServerError
+from dev.server import Server, free_port
 
 
 def test_pack_is_loaded(server: Server):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from devtools import demo
-from devtools.client import Client, ServerError
-from devtools.workflow import to_prompt
-from workflows.build import SHEETS
+from dev import demo
+from dev.client import Client, ServerError
+from dev.workflow import to_prompt
+from dev.workflows.build import SHEETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 FILES = sorted(FOLDER.glob("*.json"))

@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import pytest
-
-from classifiers.base import ClassifierError, MapLayout, RelationClassifier, check_layout, relation_indices
-from classifiers.geometric import GeometricClassifier
+from learn_to_steer.classifiers.base import ClassifierError, MapLayout, RelationClassifier, check_layout, relation_indices
+from learn_to_steer.classifiers.geometric import GeometricClassifier
 
 FOUR = ("above", "below", "to the left of", "to the right of")
 

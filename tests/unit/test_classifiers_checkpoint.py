@@ -14,17 +14,16 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from learn_to_steer.classifiers.base import ClassifierError, MapLayout, check_layout
+from learn_to_steer.classifiers.checkpoint import load_classifier, save_classifier
+from learn_to_steer.classifiers.convert import main as convert
+from learn_to_steer.classifiers.geometric import GeometricClassifier, GeometricSettings
+from learn_to_steer.classifiers.learned import LearnedClassifier
+from learn_to_steer.classifiers.network import RelationNetwork, paper_config
+from learn_to_steer.classifiers.published import LICENCE
+from learn_to_steer.classifiers.steps import StepMapping
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from classifiers.base import ClassifierError, MapLayout, check_layout
-from classifiers.checkpoint import load_classifier, save_classifier
-from classifiers.convert import main as convert
-from classifiers.geometric import GeometricClassifier, GeometricSettings
-from classifiers.learned import LearnedClassifier
-from classifiers.network import RelationNetwork, paper_config
-from classifiers.published import LICENCE
-from classifiers.steps import StepMapping
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
@@ -69,8 +68,8 @@ def logits(classifier):
 def test_published_checkpoint_loads_and_survives_conversion(tmp_path):
     source, target = write(tmp_path, published(), "my_sd.pth"), tmp_path / "mine.safetensors"
     first = load_classifier(source)
-    run = subprocess.run([sys.executable, "-m", "classifiers.convert", str(source), str(target), "--backbone", "unet"],
-                         cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["dev.py", "run", "-m", "learn_to_steer.classifiers.convert", str(source), str(target), "--backbone", "unet"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "above, below, to the left of, to the right of, is; backbone unet" in run.stdout
     second = load_classifier(target)

@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from classifiers.base import ClassifierError, relation_indices
-from classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, locate, spread
+from learn_to_steer.classifiers.base import ClassifierError, relation_indices
+from learn_to_steer.classifiers.geometric import DIRECTIONS, GeometricClassifier, GeometricSettings, compactness_penalty, locate
 
 SIZE = 16
 NO_PROGRESS = torch.zeros(1)
@@ -92,7 +91,7 @@ def test_gradient_agrees_with_finite_differences(settings, relation):
     subject, object = smooth(1).requires_grad_(), smooth(2).requires_grad_()
 
     def loss(first, second):
-        return cross_entropy(classifier, first, second, relation) + 6 * spread(first, second).sum()
+        return cross_entropy(classifier, first, second, relation) + 6 * compactness_penalty(first, second).sum()
 
     value = loss(subject, object)
     gradients = torch.autograd.grad(value, (subject, object))
@@ -109,11 +108,11 @@ def test_rows_of_a_batch_do_not_influence_each_other():
     classifier = GeometricClassifier(GeometricSettings(pairwise=0.5))
     subject, object = smooth(3, batch=4), smooth(4, batch=4)
     together = classifier.logits(subject, object, torch.zeros(4))
-    scattered = spread(subject, object)
+    penalty = compactness_penalty(subject, object)
     for row in range(4):
         one = slice(row, row + 1)
         assert torch.allclose(classifier.logits(subject[one], object[one], NO_PROGRESS), together[one], atol=1e-12)
-        assert torch.allclose(spread(subject[one], object[one]), scattered[one], atol=1e-12)
+        assert torch.allclose(compactness_penalty(subject[one], object[one]), penalty[one], atol=1e-12)
 
 
 def test_scale_and_offset_of_the_maps_do_not_matter():
@@ -132,7 +131,7 @@ def test_extreme_maps_give_finite_logits_and_gradients(kind, dtype, weights):
             "tiny": smooth(7, batch=2, channels=3) * 1e-3}[kind].to(dtype).requires_grad_()
     classifier = GeometricClassifier(GeometricSettings(pairwise=0.5), channel_weights=weights)
     logits = classifier.logits(maps, maps.detach().flip(2), torch.zeros(2))
-    (torch.logsumexp(logits, 1) + spread(maps, maps.detach(), weights)).sum().backward()
+    (torch.logsumexp(logits, 1) + compactness_penalty(maps, maps.detach(), weights)).sum().backward()
     assert logits.dtype == torch.float32 and logits.isfinite().all() and maps.grad.isfinite().all()
 
 
@@ -142,7 +141,7 @@ def test_gradient_of_logits_and_spread_is_the_slope(weights):
     subject, object = smooth(11, channels=3), smooth(12, channels=3)
 
     def total(first):
-        return classifier.logits(first, object, NO_PROGRESS)[0, 2] + 6 * spread(first, object, weights).sum()
+        return classifier.logits(first, object, NO_PROGRESS)[0, 2] + 6 * compactness_penalty(first, object, weights).sum()
 
     leaf = subject.clone().requires_grad_()
     gradient, = torch.autograd.grad(total(leaf), leaf)
@@ -188,8 +187,8 @@ def test_doubled_object_is_penalised_by_its_spread_and_by_pairs():
     single = block(7, 1)
     doubled = single + block(7, 13, value=0.6)
     object = block(7, 9)
-    assert spread(single, object) == 0
-    assert spread(doubled, object) > 0.1
+    assert compactness_penalty(single, object) == 0
+    assert compactness_penalty(doubled, object) > 0.1
     by_pairs = GeometricClassifier(GeometricSettings(pairwise=1.0))
     index = relation_indices(by_pairs, ["above"])[0]
     assert by_pairs.logits(single, object, NO_PROGRESS)[0, index] == pytest.approx(0, abs=1e-2)

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from classifiers.base import ClassifierError, MapLayout
-from classifiers.learned import LearnedClassifier
-from classifiers.network import ExtractorConfig, HeadConfig, NetworkConfig, RelationNetwork, paper_config
-from classifiers.steps import StepMapping
+from learn_to_steer.classifiers.base import ClassifierError, MapLayout
+from learn_to_steer.classifiers.learned import LearnedClassifier
+from learn_to_steer.classifiers.network import ExtractorConfig, HeadConfig, NetworkConfig, RelationNetwork, paper_config
+from learn_to_steer.classifiers.steps import StepMapping
 
 RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from classifiers.base import ClassifierError
-from classifiers.steps import PAPER_TIMESTEPS, StepMapping
+from learn_to_steer.classifiers.base import ClassifierError
+from learn_to_steer.classifiers.steps import PAPER_TIMESTEPS, StepMapping
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,10 +7,8 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from PIL import Image
-
-from steering.canvas import GREEN, GREY, RED, Canvas, series_colour
-from steering.pictures import (
+from learn_to_steer.pictures.canvas import GREEN, GREY, RED, Canvas, series_colour
+from learn_to_steer.pictures.overlays import (
     LABEL_HEIGHT,
     MARGIN,
     contact_sheet,
@@ -22,7 +20,8 @@ from steering.pictures import (
     save_png,
     soft_centre,
 )
-from steering.report import SteeringReport, UpdateRecord
+from learn_to_steer.steering.report import SteeringReport, UpdateRecord
+from PIL import Image
 
 NAN = math.nan
 

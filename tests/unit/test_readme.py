@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.readme import MEASUREMENTS, README, filled, tables
+from dev.benchmarks.readme import MEASUREMENTS, README, filled, tables
 
 
 @pytest.mark.parametrize("document", [README, MEASUREMENTS], ids=lambda path: path.name)

@@ -7,9 +7,7 @@ import re
 import time
 
 import pytest
-
-from steering.noun_phrases import plain_text
-from steering.relations import (
+from learn_to_steer.prompts.graph import (
     RELATIONS,
     Relation,
     RelationError,
@@ -20,6 +18,7 @@ from steering.relations import (
     read_prompt,
     split_occurrence,
 )
+from learn_to_steer.prompts.noun_phrases import plain_text
 
 NAMES = {"A": ("above",), "B": ("below",), "L": ("to the left of",), "R": ("to the right of",)}
 NAMES |= {vertical + side: NAMES[vertical] + NAMES[side] for vertical in "AB" for side in "LR"}

@@ -5,9 +5,8 @@ import gc
 
 import pytest
 import torch
+from learn_to_steer.host.saved_tensors import mutation_of_saved_tensors
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from steering.saved_tensors import mutation_of_saved_tensors
 
 
 def test_without_it_autograd_refuses() -> None:

@@ -6,10 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from learn_to_steer.toyworld.detector import THRESHOLD, Detection, detect, fit_background, judge, judge_relations
+from learn_to_steer.toyworld.scenes import (
+    EXTRA_NOUNS,
+    NOUNS,
+    UNET_LAYOUT,
+    PlacedObject,
+    Scene,
+    background,
+    random_scene,
+    render,
+    sprite,
+)
 from PIL import Image, ImageFilter
-
-from toyworld.detector import THRESHOLD, Detection, detect, fit_background, judge, judge_relations
-from toyworld.scenes import EXTRA_NOUNS, NOUNS, UNET_LAYOUT, PlacedObject, Scene, background, random_scene, render, sprite
 
 
 def draw(count: int, seed: int) -> list[Scene]:

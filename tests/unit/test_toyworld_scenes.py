@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from toyworld import scenes
+from learn_to_steer.toyworld import scenes
 
 
 def draw(count: int, seed: int = 3) -> list[scenes.Scene]:

@@ -1,6 +1,7 @@
 """Labelled pictures: folders with a table, GQA scene graphs, splits, wrong captions."""
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_pack import pack
 
-captions, dataset, gqa, sources, storage = (pack(f"training.{name}") for name in (
+captions, dataset, gqa, sources, storage = (importlib.import_module(f"learn_to_steer.training.{name}") for name in (
     "captions", "dataset", "gqa", "sources", "storage"))
 
 

@@ -6,13 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from learn_to_steer.prompts.graph import build_graph
+from learn_to_steer.toyworld.detector import detect
+from learn_to_steer.toyworld.scenes import background, sprite
 from PIL import Image
 
-from benchmarks.verdict import load, verdict, world_noun
-from devtools.environment import ROOT
-from steering.relations import build_graph
-from toyworld.detector import detect
-from toyworld.scenes import background, sprite
+from dev.benchmarks.verdict import load, verdict, world_noun
+from dev.environment import ROOT
 
 
 def picture(**places: tuple[int, int]) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_unknown_noun():
 
 def test_program_says_what_it_cannot_judge():
     for prompt in ("a spaceship above a dog", "a dog"):
-        told = subprocess.run([sys.executable, "-m", "benchmarks.verdict", "--prompt", prompt, "a=none.png"], cwd=ROOT,
+        told = subprocess.run([sys.executable, "-m", "dev.benchmarks.verdict", "--prompt", prompt, "a=none.png"], cwd=ROOT,
                               capture_output=True, text=True)
         assert told.returncode == 1 and told.stderr.startswith("The pictures cannot be judged: ")
 
@@ -66,6 +66,6 @@ def test_program_reads_enlarged_files_and_prints_one_line(tmp_path):
     scene = picture(dog=(32, 14), cat=(32, 48))
     Image.fromarray(scene).resize((512, 512), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     assert np.array_equal(load(tmp_path / "a.png"), scene)
-    told = subprocess.run([sys.executable, "-m", "benchmarks.verdict", "--prompt", "a cat above a dog",
+    told = subprocess.run([sys.executable, "-m", "dev.benchmarks.verdict", "--prompt", "a cat above a dog",
                            f"steered={tmp_path / 'a.png'}"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout == "asked: cat above dog | steered: cat below dog: wrong\n"

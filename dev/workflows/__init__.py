@@ -1,0 +1,1 @@
+"""Writes the example workflows of the template browser."""

@@ -1,0 +1,1 @@
+"""Files on disk, for every room: written whole or not at all."""

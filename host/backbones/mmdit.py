@@ -1,0 +1,122 @@
+"""Joint-attention transformers of the FLUX.1 family (dev, schnell, Kontext).
+
+Text and image tokens attend to each other in one attention; its image-query × text-key part is the cross-attention of
+the paper. Each block runs through the host's `patches_replace["dit"]`, which knows the text's length; q and k (after
+rotary embedding) are seen in an `optimized_attention_override` that only this block gets. The picture's grid comes
+from a wrapper around the network (`WrappersMP.DIFFUSION_MODEL`), the one place where the latent's own size is known:
+tokens of reference latents follow the picture's.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CellType, FunctionType
+
+from comfy.ldm.flux.model import Flux
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+from torch.nn import Module
+
+from ...steering.attention import MapRecorder
+from ..gradient import recompute
+
+GRID_KEY = "learn_to_steer_grid"  # in transformer_options: (h, w) of the picture in image tokens
+OVERRIDE_KEY = "optimized_attention_override"  # the host's single slot, see comfy.ldm.modules.attention.wrap_attn
+
+
+class MMDiTBackbone:
+    name = "mmdit"
+    streams = ("t5xxl", "l", "h")
+
+    def matches(self, diffusion_model) -> bool:
+        """FLUX.1 only: FLUX.2, Ovis and LongCat share the class but not modulation, text encoder or text positions."""
+        if not isinstance(diffusion_model, Flux):
+            return False
+        params = diffusion_model.params
+        return not (params.global_modulation or params.txt_norm or params.yak_mlp or params.txt_ids_dims)
+
+    def layers(self, diffusion_model) -> int:
+        return len(diffusion_model.double_blocks) + len(diffusion_model.single_blocks)
+
+    def instrument(self, diffusion_model, options: dict, recorder: MapRecorder, recompute_blocks: bool) -> dict:
+        options = dict(options)
+        replace = dict(options.get("patches_replace", {}))
+        dit = dict(replace.get("dit", {}))
+        blocks = {("double_block", index): block for index, block in enumerate(diffusion_model.double_blocks)}
+        blocks.update({("single_block", index): block for index, block in enumerate(diffusion_model.single_blocks)})
+        for order, (key, block) in enumerate(blocks.items()):
+            dit[key] = _replacement(key, order, block, dit.get(key), recorder, recompute_blocks)
+        options["patches_replace"] = {**replace, "dit": dit}
+
+        wrappers = dict(options.get("wrappers", {}))
+        around_network = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
+        around_network[GRID_KEY] = [_grid_wrapper(diffusion_model.patch_size)]
+        options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: around_network}
+        return options
+
+
+def _grid_wrapper(patch_size: int) -> Callable:
+    def note_grid(executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
+        grid = tuple(-(-side // patch_size) for side in x.shape[-2:])  # the host pads up to whole patches
+        return executor(x, timestep, context, y, guidance, ref_latents, control,
+                        {**transformer_options, GRID_KEY: grid}, **kwargs)
+
+    return note_grid
+
+
+def _replacement(key: tuple[str, int], order: int, block: Module, theirs: Callable | None, recorder: MapRecorder,
+                 recompute_blocks: bool) -> Callable:
+    """Stands where the host calls a block; another pack's replacement still runs it.
+
+    With recomputation that replacement runs a second time in backward.
+    """
+    double = key[0] == "double_block"
+    streams = ("img", "txt") if double else ("img",)  # single blocks hold text and image in "img", text first
+    name = ".".join(map(str, key))
+
+    def replacement(args: dict, extra: dict) -> dict:
+        original = _bound_to(block, extra["original_block"]) if recompute_blocks else extra["original_block"]
+        options = args["transformer_options"]
+        text = args["txt"].shape[1] if double else options["img_slice"][0]
+        override = _recording(name, order, text, options.get(OVERRIDE_KEY), recorder)
+        options = {**options, OVERRIDE_KEY: override}
+
+        def run(*hidden: Tensor) -> tuple[Tensor, ...]:
+            given = {**args, **dict(zip(streams, hidden, strict=True)), "transformer_options": dict(options)}
+            out = original(given) if theirs is None else theirs(given, {"original_block": original})
+            if any(value.requires_grad for value in hidden) and not out["img"].requires_grad:
+                raise RuntimeError(f"The replacement of {name} cuts the gradient: it comes from another pack on this "
+                                   "model's line. Take that pack out while steering.")
+            return tuple(out[stream] for stream in streams)
+
+        hidden = tuple(args[stream] for stream in streams)
+        results = recompute(run, recorder, *hidden) if recompute_blocks else run(*hidden)
+        return dict(zip(streams, results, strict=True))
+
+    return replacement
+
+
+def _bound_to(block: Module, block_wrap: Callable) -> Callable:
+    """The host's `block_wrap` with the variables that it closes over as they are now.
+
+    They are loop variables: called in backward, the original would run the network's last block. Raises RuntimeError where
+    the function does not close over `block`, since nobody could then say which block it would run.
+    """
+    held = [cell.cell_contents for cell in getattr(block_wrap, "__closure__", None) or ()]
+    if not isinstance(block_wrap, FunctionType) or not any(value is block for value in held):
+        raise RuntimeError("This ComfyUI calls the blocks of FLUX in a way that this version of Learn to Steer does not know, so "
+                           "it cannot compute them again. Switch save_memory off, and look for a newer version of the pack.")
+    return FunctionType(block_wrap.__code__, block_wrap.__globals__, block_wrap.__name__, block_wrap.__defaults__,
+                        tuple(map(CellType, held)))
+
+
+def _recording(name: str, order: int, text: int, theirs: Callable | None, recorder: MapRecorder) -> Callable:
+    def override(func, q, k, v, heads, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        grid = options[GRID_KEY]
+        picture = slice(text, text + grid[0] * grid[1])
+        recorder.record(name, order, q[:, :, picture], k[:, :, :text], grid, options)
+        if theirs is not None:
+            return theirs(func, q, k, v, heads, *args, **kwargs)
+        return func(q, k, v, heads, *args, **kwargs)
+
+    return override

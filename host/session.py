@@ -1,0 +1,69 @@
+"""One sampler run that is watched: what capture and steering share.
+
+A session runs the sampler function of a run (host: WrappersMP.OUTER_SAMPLE, a copy of the SAMPLER). The sampler is handed a
+model that looks at the sampler's latent before a step's first evaluation; the sampler's own mathematics is untouched.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import comfy.samplers
+from torch import Tensor
+
+from ..steering.attention import AttentionMaps, MapRecorder
+from .backbones import find_backbone
+from .records import AttentionRecord, StepMaps
+from .stepping import Schedule, SteeringError
+from .tokens import find_columns
+
+
+class Session:
+    """One sampler run that is watched.
+
+    guider: the host's; recorder: filled by the instrumented passes.
+    """
+
+    def __init__(self, guider, sigmas: Tensor, phrases: Sequence[str], forward: object):
+        self.base_model = guider.inner_model
+        self.network = self.base_model.diffusion_model
+        self.backbone = find_backbone(self.network)
+        self.positive = self._positive(guider)
+        columns = find_columns(self.positive, phrases, self.backbone.streams)
+        self.recorder = MapRecorder(columns, forward)
+        self.schedule = Schedule.of(self.base_model.model_sampling, sigmas)
+        self.steps: list[StepMaps] = []
+        self.layers: tuple[str, ...] = ()
+
+    @staticmethod
+    def _positive(guider) -> list[dict]:
+        if "positive" not in guider.conds:
+            raise SteeringError(f"the guider {type(guider).__name__} has no conditioning called 'positive' to read. Use "
+                                "CFGGuider, BasicGuider or a KSampler.")
+        return guider.conds["positive"]
+
+    def run(self, function: Callable, model, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None,
+            options: dict) -> Tensor:
+        """Calls the host's sampler function with a model and a callback that this session watches."""
+        raise NotImplementedError
+
+    def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
+        """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
+        maps = self.recorder.take()
+        area = next((comfy.samplers.get_area_and_mult(cond, x, sigma).area for cond in self.positive
+                     if maps.layers and cond["uuid"] == maps.conditioning and "area" in cond), None)
+        return maps if area is None else maps.placed(area, x.shape[-2:])
+
+    def keep(self, step: int, maps: AttentionMaps, size: int | tuple[int, int], every: bool = False) -> None:
+        stack = maps.stack(size, "always").detach().float().cpu()
+        self.layers = tuple(layer.name for layer in maps.layers)
+        self.steps.append(StepMaps(step, self.schedule.sigmas[step], stack.mean(2), stack if every else None))
+
+    def record(self) -> AttentionRecord:
+        phrases = next(iter(self.recorder.columns.values())).phrases
+        return AttentionRecord(phrases, self.layers, tuple(self.steps))
+
+
+def map_grid(x: Tensor, longest: int) -> tuple[int, int]:
+    """Height and width of maps whose longer side is `longest`, in the picture's proportions."""
+    h, w = x.shape[-2:]
+    return max(1, round(longest * h / max(h, w))), max(1, round(longest * w / max(h, w)))

@@ -1,0 +1,169 @@
+"""Where a phrase's tokens are in the host's tokenised prompt.
+
+The positions travel inside the conditioning, so that what is steered is what was encoded.
+"""
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
+from torch import Tensor
+
+from ..prompts.reading import occurrences
+from ..steering.attention import WordColumns
+
+CONDITIONING_KEY = "learn_to_steer_prompt"
+_EMBEDDING = "embedding:"  # how a prompt names a textual inversion
+
+
+class TokenError(ValueError):
+    """A phrase's tokens cannot be found; the message says which phrase, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class TokenisedPrompt:
+    """A prompt as the text encoders saw it.
+
+    streams: token ids per text encoder ("l", "g", "h", "t5xxl"), chunks joined; -1 stands for an embedding.
+    tokenize: the encoder's own tokenizer, in the same form, for looking phrases up.
+    """
+
+    text: str
+    streams: Mapping[str, tuple[int, ...]]
+    tokenize: Callable[[str], Mapping[str, tuple[int, ...]]]
+
+    @staticmethod
+    def read(text: str, tokenize: Callable[[str], Mapping[str, Sequence]]) -> TokenisedPrompt:
+        """The prompt as the host's `tokenize` (of a CLIP or a tokenizer) sees it."""
+        def flat(words: str) -> dict[str, tuple[int, ...]]:
+            return flat_tokens(tokenize(words))
+
+        return TokenisedPrompt(text, flat(text), flat)
+
+    def find(self, phrase: str, stream: str) -> tuple[int, ...]:
+        """Positions of the phrase's tokens in `stream`; "dog#2" asks for the second occurrence.
+
+        The phrase counts where it stands as whole words, whatever the case. Raises TokenError where the prompt does
+        not contain it (often enough), and where the encoder's tokens join it to another word.
+        """
+        words, _, number = phrase.partition("#")
+        words, wanted = words.strip(), int(number) if number.strip().isdecimal() else 1
+        spans = self._spans(words)
+        if not 1 <= wanted <= len(spans):
+            times = "" if wanted == 1 else f" {wanted} times"
+            raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. Write the "
+                             "object in the prompt exactly as in the relation (the same words in the same order), or "
+                             "change the relation.")
+        places = self._places(*spans[wanted - 1], stream)
+        if not places:
+            raise TokenError(f"input 'positive': in the prompt \"{self.text}\" the text encoder does not keep \"{words}\" "
+                             "apart from what stands beside it. Write a space before and after it, or use another word.")
+        return places
+
+    def _spans(self, words: str) -> list[tuple[int, int]]:
+        """(start, end) of the words in the text as the encoder reads it: the segments, a space between them.
+
+        "_" separates words only where they stand nowhere else, so that occurrences are numbered as in the graph.
+        """
+        text, words = (" ".join(_segments(part)) for part in (self.text, words))
+        if not words.strip():
+            return []
+        if _EMBEDDING not in words:  # "dog" is no word of "embedding:dog"
+            text = re.sub(rf"(?<!\S){_EMBEDDING}\S+", lambda name: "\0" * len(name.group()), text)
+        return occurrences(words, text) or occurrences(words, text.replace("_", " "))
+
+    def _places(self, start: int, end: int, stream: str) -> tuple[int, ...]:
+        """Positions of the tokens that cover `start` to `end` of the text as read, () where other words share them.
+
+        Between two tokens the text may be cut: what is before the cut has the same tokens without what follows. Where
+        a token reaches over the border of the span ("'d" in "'dog'"), punctuation beside the span is taken in.
+        """
+        segments, special = _segments(self.text), set(self.tokenize("")[stream])
+        text = " ".join(segments)
+        places = [place for place, token in enumerate(self.streams[stream]) if token not in special]
+        tokens = [self.streams[stream][place] for place in places]
+
+        def before(cut: int) -> int | None:
+            """How many tokens are before the cut; None where it goes through a token."""
+            head = [token for token in self.tokenize(_up_to(cut, segments))[stream] if token not in special]
+            return len(head) if tokens[:len(head)] == head else None
+
+        while (first := before(start)) is None and start > 0 and _is_mark(text[start - 1]):
+            start -= 1
+        while (last := before(end)) is None and end < len(text) and _is_mark(text[end]):
+            end += 1
+        return () if first is None or last is None else tuple(places[first:last])
+
+    def columns(self, phrases: Sequence[str], streams: Sequence[str], tokens: int) -> WordColumns:
+        """Columns of the phrases among `tokens` text tokens; the first of `streams` that exists counts.
+
+        A phrase of several tokens is the average over them.
+        """
+        stream = next((name for name in streams if name in self.streams), None)
+        if stream is None:
+            raise TokenError(f"input 'positive': encoded by {', '.join(self.streams)}, but this model reads "
+                             f"{' or '.join(streams)}. Use the text encoder that belongs to the model.")
+        return WordColumns.build({phrase: self.find(phrase, stream) for phrase in phrases}, tokens)
+
+
+def _segments(text: str) -> list[str]:
+    """The pieces of one weight each that the host tokenises one by one, without "(…:1.2)" and escapes.
+
+    NFC is what both tokenizers make of the text first.
+    """
+    weighted = token_weights(escape_important(unicodedata.normalize("NFC", text)), 1.0)
+    return [segment for segment in (unescape_important(words) for words, _ in weighted) if segment]
+
+
+def _up_to(cut: int, segments: Sequence[str]) -> str:
+    """The prompt up to the cut, a place in the segments joined by spaces, with the same segments for the host."""
+    text = ""
+    for segment in segments:
+        head = segment[:max(cut, 0)].replace("(", "\\(").replace(")", "\\)")
+        text += f"({head}:1)" if head else ""
+        cut -= len(segment) + 1
+    return text
+
+
+def _is_mark(character: str) -> bool:
+    return not character.isalnum() and not character.isspace()
+
+
+def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]:
+    """Token ids of the host's `clip.tokenize`, chunks joined."""
+    return {stream: tuple(-1 if isinstance(pair[0], Tensor) else int(pair[0]) for chunk in chunks for pair in chunk)
+            for stream, chunks in tokenised.items()}
+
+
+def encode_prompt(clip, text: str) -> list:
+    """CONDITIONING of `text`, as the host's CLIPTextEncode makes it, with the token positions inside."""
+    prompt = TokenisedPrompt.read(text, clip.tokenize)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={CONDITIONING_KEY: prompt})
+
+
+def find_columns(conditionings: Sequence[dict], phrases: Sequence[str], streams: Sequence[str]
+                 ) -> dict[object, WordColumns]:
+    """The word columns of each conditioning that carries a prompt with all `phrases`, by the host's uuid.
+
+    conditionings: the sampler's positive conditionings (dicts with "cross_attn" and "uuid").
+    Raises TokenError where none fits, with the reason of the first that failed.
+    """
+    found, failures = {}, []
+    for conditioning in conditionings:
+        prompt = conditioning.get(CONDITIONING_KEY)
+        if prompt is None:
+            continue
+        try:
+            found[conditioning["uuid"]] = prompt.columns(phrases, streams, conditioning["cross_attn"].shape[1])
+        except TokenError as error:
+            failures.append(error)
+    if found:
+        return found
+    if failures:
+        raise failures[0]
+    raise TokenError("input 'positive': this conditioning does not say where the words are. Take the 'positive' output "
+                     "of \"Multi-Relation Graph\", or encode the prompt with \"Text Encode (Steerable)\" instead of "
+                     "CLIP Text Encode.")

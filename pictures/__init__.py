@@ -1,0 +1,1 @@
+"""Drawing: canvas, charts, overlays. Plain tensors, no host."""

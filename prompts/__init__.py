@@ -1,0 +1,1 @@
+"""English: from a prompt to a graph of spatial relations. No torch, no host."""

@@ -1,0 +1,138 @@
+"""From a prompt, or from explicit lines, to the graph of relations."""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .noun_phrases import plain_text
+from .predicates import parse_predicate
+from .reading import first_alone, occurrences, read_triples
+from .relations import RELATIONS, Relation, RelationError, RelationGraph, phrase_key, split_occurrence
+
+_ARTICLE = re.compile(r"(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
+_AN = re.compile(r"(?!uni|use|eu|one\b)[aeiou]|hour|honest", re.IGNORECASE)
+
+
+def read_prompt(text: str) -> tuple[Relation, ...]:
+    """Relations of a natural prompt; empty where it has none. Never raises.
+
+    Only above, below, left and right (with synonyms and diagonals) are read; "next to" or "behind" are not.
+    """
+    return tuple(Relation(subject, predicates, thing) for subject, predicates, thing in read_triples(text))
+
+
+def read_lines(text: str) -> tuple[Relation, ...]:
+    """Relations from lines `subject | relation | object` or `subject | relation | object | weight`.
+
+    Empty lines and lines that start with "#" are skipped. A relation that only some classifier knows is given with
+    "=" before its name: `dog | =is | red`. Raises RelationError that names the line.
+    """
+    relations = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                relations.append(_read_line(line))
+            except RelationError as error:
+                raise RelationError(f"Line {number} ({line.strip()!r}): {error}") from None
+    return tuple(relations)
+
+
+def _read_line(line: str) -> Relation:
+    fields = [field.strip() for field in line.split("|")]
+    if not 3 <= len(fields) <= 4 or not all(fields):
+        raise RelationError("expected `subject | relation | object` or `subject | relation | object | weight`, for "
+                            "example `dog | to the right of | teddy bear | 0.5`.")
+    subject, words, thing = (" ".join(field.split()) for field in fields[:3])
+    try:
+        predicates = (words[1:].strip(),) if words.startswith("=") else parse_predicate(words)
+    except RelationError as error:
+        raise RelationError(f"{error} A relation that only your classifier knows is given with \"=\" before it: "
+                            f"\"={words}\".") from None
+    try:
+        weight = float(fields[3]) if len(fields) == 4 else 1.0
+    except ValueError:
+        raise RelationError(f"the weight {fields[3]!r} is not a number. Write for example 0.5.") from None
+    return Relation(_bare_phrase(subject), predicates, _bare_phrase(thing), weight)
+
+
+def _bare_phrase(phrase: str) -> str:
+    words, number = split_occurrence(" ".join(plain_text(phrase).split()))
+    words = _ARTICLE.sub("", words, count=1) if _ARTICLE.match(words) else words
+    return words if number == 1 else f"{words}#{number}"
+
+
+def _bare(relation: Relation) -> Relation:
+    return replace(relation, subject=_bare_phrase(relation.subject), object=_bare_phrase(relation.object))
+
+
+def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) -> RelationGraph:
+    """The checked graph of explicit relations (`lines`, `extra`) if there are any, else of those read from the prompt.
+
+    With explicit relations and an empty prompt, a prompt is written from them; the occurrences in its text then
+    number phrases such as "dog#2". In a given prompt, "dog" beside "hot dog" means the first dog that is not the hot
+    one. Raises RelationError for an unreadable line and for contradictions.
+    """
+    explicit = _same_spelling((*read_lines(lines), *map(_bare, extra)))
+    if explicit and not prompt.strip():
+        graph = _write_prompt(explicit)
+    elif explicit:
+        graph = RelationGraph(_number_in(prompt, explicit), prompt)
+    else:
+        graph = RelationGraph(read_prompt(prompt), prompt)
+    graph.check()
+    return graph
+
+
+def _same_spelling(relations: Sequence[Relation]) -> tuple[Relation, ...]:
+    """The relations with each phrase spelt as where it is first seen ("Dog" and "dog" are one thing)."""
+    spelling: dict[tuple[str, int], str] = {}
+    return tuple(replace(relation, subject=spelling.setdefault(phrase_key(relation.subject), relation.subject),
+                         object=spelling.setdefault(phrase_key(relation.object), relation.object)) for relation in relations)
+
+
+def _number_in(prompt: str, relations: Sequence[Relation]) -> tuple[Relation, ...]:
+    """The relations with phrases numbered whose first occurrence in the prompt is part of another phrase."""
+    text = plain_text(prompt)
+    phrases = RelationGraph(tuple(relations)).phrases
+    spans = [span for phrase in phrases for span in occurrences(split_occurrence(phrase)[0], text)]
+    names = {}
+    for phrase in phrases:
+        number = first_alone(phrase, text, spans)
+        names[phrase] = phrase if number <= 1 or f"{phrase}#{number}" in phrases else f"{phrase}#{number}"
+    return tuple(replace(relation, subject=names[relation.subject], object=names[relation.object])
+                 for relation in relations)
+
+
+def _write_prompt(relations: Sequence[Relation]) -> RelationGraph:
+    """A prompt that says the relations, and the relations with their phrases numbered as in that prompt."""
+    text = "a photo of"
+    names: dict[str, str] = {}
+    for index, relation in enumerate(relations):
+        joint = "" if index == 0 else " and" if index == len(relations) - 1 else ","
+        text = _mention(text + joint, relation.subject, names)
+        text = f"{text} {' and '.join(relation.predicates)}"
+        text = _mention(text, relation.object, names, with_article=relation.predicates[0] in RELATIONS)
+    numbered = (replace(relation, subject=names[relation.subject], object=names[relation.object])
+                for relation in relations)
+    return RelationGraph(tuple(numbered), text)
+
+
+def _mention(text: str, phrase: str, names: dict[str, str], with_article: bool = True) -> str:
+    """The text with the phrase put behind it; its first mention enters `names` with its number in the text."""
+    words, occurrence = split_occurrence(phrase)
+    if phrase in names:
+        article = "the " if occurrence == 1 else "the other "
+    elif not with_article or _is_plural(words):
+        article = ""
+    else:
+        article = "another " if occurrence > 1 else "an " if _AN.match(words) else "a "
+    text = f"{text} {article}{words}"
+    if phrase not in names:
+        number = len(occurrences(words, text))
+        names[phrase] = words if number == 1 else f"{words}#{number}"
+    return text
+
+
+def _is_plural(phrase: str) -> bool:
+    return bool(re.search(r"(?:[^sui]s|\b(?:people|men|women|children|sheep))$", phrase, re.IGNORECASE))
