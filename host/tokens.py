@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
-from ..prompts.reading import occurrences
+from ..prompts.text import occurrences
 from ..steering.attention import WordColumns
 
 CONDITIONING_KEY = "learn_to_steer_prompt"

@@ -5,21 +5,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .noun_phrases import plain_text
 from .predicates import parse_predicate
-from .reading import first_alone, occurrences, read_triples
+from .reading import read_triples
 from .relations import RELATIONS, Relation, RelationError, RelationGraph, phrase_key, split_occurrence
+from .text import first_alone, occurrences, plain_text
 
 _ARTICLE = re.compile(r"(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
 _AN = re.compile(r"(?!uni|use|eu|one\b)[aeiou]|hour|honest", re.IGNORECASE)
 
 
-def read_prompt(text: str) -> tuple[Relation, ...]:
-    """Relations of a natural prompt; empty where it has none. Never raises.
+def understand(prompt: str) -> RelationGraph:
+    """The relations of a natural prompt, and what was not understood in it. Never raises; contradictions stay in.
 
-    Only above, below, left and right (with synonyms and diagonals) are read; "next to" or "behind" are not.
+    Only above, below, left and right (with synonyms and diagonals) are read; "next to" and "behind" are not understood.
     """
-    return tuple(Relation(subject, predicates, thing) for subject, predicates, thing in read_triples(text))
+    triples, not_understood = read_triples(prompt)
+    return RelationGraph(tuple(Relation(*triple) for triple in triples), prompt, tuple(not_understood))
+
+
+def read_prompt(text: str) -> tuple[Relation, ...]:
+    """Relations of a natural prompt; empty where it has none. Never raises."""
+    return understand(text).relations
 
 
 def read_lines(text: str) -> tuple[Relation, ...]:
@@ -79,7 +85,7 @@ def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) ->
     elif explicit:
         graph = RelationGraph(_number_in(prompt, explicit), prompt)
     else:
-        graph = RelationGraph(read_prompt(prompt), prompt)
+        graph = understand(prompt)
     graph.check()
     return graph
 

@@ -1,23 +1,27 @@
-"""English words for spatial relations, and the canonical name of each."""
+"""English words for spatial relations and places: where they stand in a text, and the canonical name of each."""
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from .relations import RELATIONS, RelationError
+from .vocabulary import ALWAYS_FRAME, DETERMINERS, FRAME, JOINTS, PREPOSITIONS, VERBS
 
 _GAP = r"[\s\-_]+"
 _ADVERB = rf"(?:(?:slightly|just|directly|also|immediately|diagonally|a{_GAP}bit|a{_GAP}little){_GAP})?"
 _SIDE = rf"(?:left|right)(?:{_GAP}hand)?(?:{_GAP}side)?"
-_TO_THE = rf"(?:to|on|at|towards?){_GAP}(?:the{_GAP})?(?:(?:far|immediate|direct){_GAP})?"
+_FAR = rf"(?:(?:far|immediate|direct|very|extreme){_GAP})?"
+_TO_THE = rf"(?:to|on|at|towards?){_GAP}(?:the{_GAP})?{_FAR}"
 _TOWARDS_SIDE = rf"(?:{_TO_THE})?{_SIDE}"
 _OF = rf"{_GAP}of"
 _HIGHER = rf"on{_GAP}(?:the{_GAP})?top{_OF}|atop|above|over|higher{_GAP}(?:up{_GAP})?than"
-_LOWER = rf"below|underneath|under|beneath|lower{_GAP}(?:down{_GAP})?than"
+_LOWER = rf"on{_GAP}(?:the{_GAP})?bottom{_OF}|below|underneath|under|beneath|lower{_GAP}(?:down{_GAP})?than"
 _UPRIGHT = rf"(?:{_HIGHER}|{_LOWER})(?:{_OF}\b)?"
 _UPRIGHT_IN_PAIR = rf"(?:{_UPRIGHT}|on{_GAP}top|higher|lower|up|down)"
 _AND = rf"{_GAP}(?:and|&){_GAP}{_ADVERB}"
 _CORNER = rf"(?:{_TO_THE})?(?:upper|top|lower|bottom|above|below)[\s\-_]*{_SIDE}"
+_TO_ITS = rf"(?:to|on|at){_GAP}(?:its|his|her|their){_GAP}(?:immediate{_GAP})?{_SIDE}(?!{_OF})"
 
 
 def _forms(of: str) -> str:
@@ -27,7 +31,7 @@ def _forms(of: str) -> str:
             rf"|{_CORNER}{of}|{_TOWARDS_SIDE}{of}|{_UPRIGHT}")
 
 
-_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_forms(_OF)})(?![\w\-'’])", re.IGNORECASE)
+_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_forms(_OF)}|{_TO_ITS})(?![\w\-'’])", re.IGNORECASE)
 _ALONE = re.compile(rf"(?:{_forms(f'(?:{_OF})?')})", re.IGNORECASE)
 _LEADING = re.compile(rf"(?:(?:is|are|was|were|sits?|stands?|lies?|sitting|standing|lying|placed|located|positioned"
                       rf"|situated|directly|just|slightly|the){_GAP})+", re.IGNORECASE)
@@ -35,10 +39,81 @@ _UP_WORD = re.compile(r"above|over|atop|top|upper|higher|\bup\b", re.IGNORECASE)
 _DOWN_WORD = re.compile(r"below|under|beneath|lower|bottom|\bdown\b", re.IGNORECASE)
 
 # Where the same words are no relation between two things.
-_OTHER_USE_BEFORE = re.compile(r"\b(?:a|an|the|its|his|her|their|from|all|as|see)\s*$", re.IGNORECASE)
+_OTHER_USE_BEFORE = re.compile(
+    r"\b(?:a|an|the|its|his|her|their|from|all|as|see)\s*$", re.IGNORECASE)
+_IDIOMS = re.compile(
+    r"\b(?:(?:game|voice|cross|heads?|all)\s+over|so\s+below|(?:what|nothing|(?<!a )little|much|all|anything)"
+    r"(?:['’]s|\s+that\s+is|\s+is|\s+was|\s+remains)?\s+left\s+of)\b", re.IGNORECASE)
 _OTHER_USE_AFTER = re.compile(
-    r"\s*(?:\d\d|[$€£]|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|construction|control"
-    r"|pressure|attack|cover|development|way|the\s+influence|each\s+other|one\s+another)\b)", re.IGNORECASE)
+    r"\s*(?:\d\d|[$€£]|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|the\s+age|construction"
+    r"|control|pressure|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell"
+    r"|each\s+other|one\s+another|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
+
+# How far: "two meters above", "10 cm below", "a bit to the left of".
+_NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred|half|half\s+an?"
+           r"|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
+_UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|feet|foot|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|steps?|paces?"
+         r"|stor(?:ey|y|eys|ies)|floors?|blocks?|bit|little|lot|way|ways|distance|touch|tad|hair|bits)")
+_DISTANCE = re.compile(rf"(?:(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least)\s+)*"
+                       rf"(?:\b{_NUMBER}\s*-?{_UNIT}|\bslightly|\bsomewhat)(?:\s+and\s+a\s+half)?"
+                       rf"(?:\s+(?:away|further|farther|off|more|up|down))?(?:\s+and)?\s*$", re.IGNORECASE)
+_THING_BEFORE = re.compile(r"(?:^|[,.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
+_REACH = 48  # characters before a predicate in which a distance is looked for
+
+_FRAMES = "|".join(sorted(FRAME | ALWAYS_FRAME))
+_OF_FRAME = rf"(?:\s+of\s+(?:the|this|an?|our|my)\s+(?:\w{{1,20}}\s+)?(?:{_FRAMES})\b)?"
+_PLACE = re.compile(
+    rf"(?<![\w\-])(?:(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR}"
+    rf"(?P<edge>(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right)|top|bottom|middle|cent(?:er|re))"
+    rf"(?:{_GAP}hand)?(?:{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
+    rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'’]){_OF_FRAME}", re.IGNORECASE)
+_GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'’\-]|([\w'’]+))")
+_MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | {"that", "not", "has", "sitting", "standing"}
+_TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|star|driv|fly|bend|roll|slid|shift"
+                     r"|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
+
+_UNSTEERED = re.compile(
+    rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both){_GAP}sides?{_OF})"
+    rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
+    rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF}))(?![\w\-'’])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """Words for a relation at text[start:end]. to_pronoun: they name their object too, as in "to its left"."""
+
+    start: int
+    end: int
+    names: tuple[str, ...]
+    words: str
+    to_pronoun: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Words for a place in the picture at text[start:end].
+
+    column: -1 left, 1 right; row: -1 top, 1 bottom; 0 for the middle, None where nothing is said.
+    bare: "above" or "below" without an object.
+    """
+
+    start: int
+    end: int
+    column: int | None
+    row: int | None
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Unsteered:
+    """Words at text[start:end] for a relation between things that cannot be steered; is_part: "at the top of a tree"."""
+
+    start: int
+    end: int
+    is_part: bool
+
+
+Found = Predicate | Place | Unsteered
 
 
 def _canonical(words: str) -> tuple[str, ...]:
@@ -67,12 +142,53 @@ def parse_predicate(text: str) -> tuple[str, ...]:
     return _canonical(match.group())
 
 
-def find_predicates(text: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """(start, end, canonical names) of each predicate in running text, in order.
+def find_predicates(text: str) -> Iterator[Predicate]:
+    """The predicates of running text in order, each with the distance before it ("two meters above").
 
     Left out are other uses of the same words: "seen from above", "the left of", "under construction", "over 60".
     """
+    idioms = {match.end() for match in _IDIOMS.finditer(text)}
     for match in _IN_PROMPT.finditer(text):
-        if not _OTHER_USE_BEFORE.search(text[max(0, match.start() - 12):match.start()]) \
-                and not _OTHER_USE_AFTER.match(text, match.end()):
-            yield match.start(), match.end(), _canonical(match.group())
+        before = text[max(0, match.start() - _REACH):match.start()]
+        other_use = match.end() in idioms or _OTHER_USE_BEFORE.search(before) or _OTHER_USE_AFTER.match(text, match.end())
+        if not other_use:
+            distance = _DISTANCE.search(before)
+            is_thing = distance and _THING_BEFORE.search(before[:distance.start()]) and match.start() > 0
+            start = match.start() - (len(before) - distance.start() if distance and not is_thing else 0)
+            words = match.group()
+            yield Predicate(start, match.end(), _canonical(words), words, bool(re.fullmatch(_TO_ITS, words, re.IGNORECASE)))
+
+
+def find_places(text: str) -> Iterator[Place]:
+    """The places of running text in order: "on the left", "in the upper right corner of the image"; "above" alone.
+
+    Left out are other uses: "on the left wing", "looking to the right", "in the middle of a road".
+    """
+    for match in _PLACE.finditer(text):
+        word = _GOES_ON.match(text, match.end())
+        follows = word is not None and (word.group(1) or "").lower()
+        before = text[max(0, match.start() - _REACH):match.start()]
+        if follows is False or follows and follows not in _MAY_FOLLOW and not follows.endswith("ing") or _TURNED.search(before):
+            continue
+        if match["bare"] and _OTHER_USE_BEFORE.search(before):
+            continue
+        edge = (match["edge"] or match["bare"]).lower()
+        middle = 0 if edge.startswith(("m", "c")) else None
+        row = -1 if _UP_WORD.search(edge) else 1 if _DOWN_WORD.search(edge) else middle
+        column = -1 if "left" in edge else 1 if "right" in edge else middle
+        yield Place(match.start(), match.end(), column, row, bool(match["bare"]))
+
+
+def find_all(text: str) -> list[Found]:
+    """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
+    unsteered = (Unsteered(match.start(), match.end(), bool(match["part"])) for match in _UNSTEERED.finditer(text))
+    found: list[Found] = []
+    for one in sorted([*find_predicates(text), *find_places(text), *unsteered], key=lambda one: (one.start, -one.end)):
+        if not found or one.start >= found[-1].end:
+            found.append(one)
+    return found
+
+
+def speaks_of_places(text: str) -> bool:
+    """True where the text holds any word that `find_all` finds, also in another use ("left of center")."""
+    return bool(_IN_PROMPT.search(text) or _PLACE.search(text))

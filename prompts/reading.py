@@ -1,283 +1,191 @@
-"""Reads relations from a natural prompt: what stands before and after each predicate, and how phrases join.
+"""Reads relations from a natural prompt: text -> elements -> what stands around each relation -> relations.
 
-How prompts are read where English leaves a choice:
-- "A r1 B r2 C" is a chain: B is the subject of r2. So is "A r1 B, which is r2 C".
-- "A r1 B and r2 C", "A r1 B, r2 C" and "... and it is r2 C" speak of A again.
-- "A is r1 B and C" places A against both; without a verb ("A r1 B and C") only against B, C merely being there.
-- "A and B are r C" places both; "A and B r C" only B.
-- The same noun is the same thing, unless the prompt says "another dog" or "the second dog".
+What cannot be read without a guess is told with the reason.
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .noun_phrases import Element, Mark, Noun, plain_text, scan
-from .predicates import find_predicates
+from .clauses import (
+    NEGATED,
+    NO_OBJECT,
+    NO_SUBJECT,
+    PRONOUNS,
+    Context,
+    Unclear,
+    belongs_to_owner,
+    find_objects,
+    find_subjects,
+    inverted_subject,
+    is_frame,
+    kinds_of,
+    meant_by,
+    nouns_of,
+    split,
+    things,
+)
+from .elements import Element, Mark, Noun, scan
+from .naming import Names
+from .places import NOT_STEERED, Found, Placed, find_placed, is_ordinary, relate
+from .places import NO_OBJECT as NO_REFERENCE
+from .predicates import Place, Predicate, Unsteered, find_all, speaks_of_places
+from .relations import NotUnderstood
+from .text import plain_text, readable_text, sentences
+from .vocabulary import AMBIENT, BODY
 
 Triple = tuple[str, tuple[str, ...], str]
+OTHER_RELATION = "only left, right, above and below are steered"
+PART = "it may mean a part of it; write \"above\" or \"on top of\" where that is meant"
 
-_BOUNDARIES = ("and", "or", "comma", "newline", "clause", "with")
-_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
-_FRAME = frozenset("image picture photo photograph frame scene canvas page shot composition viewer camera foreground "
-                   "background".split())
-_AMBIENT = frozenset("sea ocean water sun moon moonlight starlight sunlight sunshine sky skies rain snow stars light "
-                     "lights lighting night clouds".split())
-_WORN = frozenset("hat cap beard moustache mustache glasses sunglasses scarf crown helmet hair fur eyes ears tail "
-                  "horns wings collar tie bow ribbon shirt dress jacket coat shoes boots backpack smile stripes "
-                  "spots".split())
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class _Predicate:
-    start: int
-    end: int
-    names: tuple[str, ...]
-    words: str
+_COVERS = re.compile(r"over|under", re.IGNORECASE)
+_IDLE = frozenset("scenes camera viewer wheel bars counter curtain glass".split())  # "behind the scenes"
+_LONGEST = 100  # characters of a fragment that is shown
 
 
 @dataclass
 class _Reader:
-    """What was said so far: `subjects` and `objects` of the last predicate, and the relations found."""
+    """What was said so far, and what was found."""
 
-    text: str
+    prompt: str
+    found: list[Found] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
+    not_understood: list[tuple[int, NotUnderstood]] = field(default_factory=list)
     subjects: list[Noun] = field(default_factory=list)
     objects: list[Noun] = field(default_factory=list)
-    found: list[tuple[Noun, tuple[str, ...], Noun]] = field(default_factory=list)
+    said: list[Noun] = field(default_factory=list)  # the things of the sentence so far
+    before: list[Noun] = field(default_factory=list)  # those of the sentence before
 
-    def read_sentence(self, start: int, end: int, predicates: list[_Predicate]) -> None:
-        before = scan(self.text, start, predicates[0].start if predicates else end, keep_picture=False)
-        if not predicates:
-            self.subjects = _main_noun(before) or self.subjects
-        self.objects = []
-        waiting: list[_Predicate] = []  # "above and below a cat": predicates that share subject and object
+    def read_sentence(self, elements: Sequence[Element]) -> None:
+        self.placed += find_placed(elements, Context(True, self.subjects, (), self.before))
+        elements = [element for element in elements if not isinstance(element, Place)]
+        cuts = [index for index, element in enumerate(elements) if isinstance(element, Predicate)]
+        parts = [list(elements[start + 1:end]) for start, end in zip([-1, *cuts], [*cuts, len(elements)], strict=True)]
+        self.objects, self.said, before = [], [], parts[0]
+        waiting: list[Predicate] = []  # "above and below a cat": relations that share subject and object
         opening = True
-        for index, predicate in enumerate(predicates):
-            is_last = index + 1 == len(predicates)
-            stop = end if is_last else predicates[index + 1].start
-            after = scan(self.text, predicate.end, stop, keep_picture=True)
-            waiting.append(predicate)
-            if not is_last and [element.kind for element in after if isinstance(element, Mark)] == ["and"] \
-                    and len(after) == 1:
+        for number, cut in enumerate(cuts, 1):
+            is_last = number == len(cuts)
+            waiting.append(elements[cut])
+            if not is_last and parts[number] == [Mark("and")]:
                 continue
-            after = self._relate(waiting, before, after, opening, is_last)
-            waiting, before, opening = [], after, False
+            before = self._read(waiting, before, parts[number], opening, is_last)
+            waiting, opening = [], False
+        if opening and (named := things(split(before))):
+            self.subjects = named
+        self.said += things(split(before))
+        self.before = self.said or self.before
 
-    def _relate(self, predicates: list[_Predicate], before: list[Element], after: list[Element], opening: bool,
-                is_last: bool) -> list[Element]:
-        """Records one group of predicates; returns what stands before the next one."""
-        inverted = _inverted_subject(before, after) if opening else None
+    def _read(self, predicates: list[Predicate], before: list[Element], after: list[Element], opening: bool,
+              is_last: bool) -> list[Element]:
+        """Records one group of relations; returns what stands before the next one."""
+        self.said += things(split(before))
+        try:
+            subjects, objects, rest = self._sides(predicates[-1], before, after, opening, is_last)
+        except Unclear as unclear:
+            self.subjects, self.objects = [], [noun for noun in after[:1] if isinstance(noun, Noun)]
+            self._note(predicates, before, after, str(unclear))
+            return after
+        self.subjects, self.objects = subjects, objects
+        self.found += [(subject, predicate.names, thing) for predicate in predicates for subject in subjects
+                       for thing in objects if not _is_setting(predicate, thing)]
+        return rest
+
+    def _sides(self, predicate: Predicate, before: list[Element], after: list[Element], opening: bool, is_last: bool
+               ) -> tuple[list[Noun], list[Noun], list[Element]]:
+        """Subjects and objects of a relation, and what stands before the next one. Raises Unclear."""
+        clause = split(before)[-1]
+        if predicate.to_pronoun:
+            after = [Mark("they" if "their" in predicate.words.lower() else "it"), *after]
+        if after and after[0] == Mark("relative"):  # "a table above which a lamp hangs"
+            return nouns_of(after)[:1] or _fail(NO_SUBJECT), nouns_of(before)[-1:] or _fail(NO_OBJECT), after
+        pronoun = after[0].kind if after and isinstance(after[0], Mark) and after[0].kind in PRONOUNS else ""
+        if pronoun == "both" and len(after) > 1 and isinstance(after[1], Noun):
+            pronoun = ""  # "both a cat and a car"
+        inverted = inverted_subject(clause, after, opening)
         if inverted is not None:
-            subjects, objects, after = [after[inverted]], [after[0]], after[inverted:]
+            subjects, rest = [after[inverted]], after[inverted:]
         else:
-            subjects = self._subjects(before, opening)
-            objects = _objects(after, _has_verb(before), is_last)
-        self.subjects, self.objects = subjects or [], objects
-        if subjects:
-            self.found += [(subject, predicate.names, thing) for predicate in predicates for subject in subjects
-                           for thing in objects if not _is_setting(predicate, thing)]
-        return after
+            context = Context(opening, self.subjects, self.objects, self.before)
+            subjects, rest = find_subjects(before, context, bool(pronoun) or belongs_to_owner(after)), after
+        if not pronoun:
+            has_verb = bool(kinds_of(clause.elements) & {"is", "are"})
+            return subjects, after[:1] if inverted is not None else find_objects(after, has_verb, is_last), rest
+        owner = things(split(before)[-2:-1]) if inverted is None and clause.joint == "with" and pronoun in ("it", "he") else []
+        return subjects, owner or meant_by(pronoun, self._named(subjects), subjects), rest
 
-    def _subjects(self, before: list[Element], opening: bool) -> list[Noun]:
-        """The phrases that a predicate is said of, given what stands before it; none where that is unclear."""
-        while before and before[-1] == Mark("newline"):
-            before = before[:-1]  # a line broken before the predicate
-        cut = _last_boundary(before)
-        clause = before[cut + 1:]
-        nouns = _nouns(clause)
-        kinds = _kinds(clause)
-        if "not" in kinds or not nouns and kinds & {"unclear", "both"}:
-            return []
-        if not nouns and "it" in kinds:
-            return (_main_noun(before) if opening else []) or self.subjects
-        if not nouns and (cut < 0 or before[cut] == Mark("or")):
-            return []
-        if not nouns and "relative" in kinds:
-            return self.objects[-1:] or _main_noun(before)
-        if not nouns:
-            return _main_noun(before) if opening else self.subjects
-        chosen = _subject_of_clause(clause)
-        if chosen is None:
-            return []
-        if not opening and any(_same_place(chosen, thing) for thing in self.objects) and _is_frame(chosen):
-            return self.subjects  # "a dog on the left of the picture above a cat"
-        if "are" in kinds or "both" in _kinds(before):
-            return _joined_before(before, cut, opening) + [chosen]
-        return [chosen]
+    def _named(self, subjects: Sequence[Noun]) -> list[Noun]:
+        """What a pronoun may stand for: things of this sentence, or else of the one before."""
+        known = {subject.words.lower() for subject in subjects}
+        here = [*self.said, *self.objects]
+        return here if any(noun.words.lower() not in known for noun in here) else self.before
 
+    def _note(self, predicates: Sequence[Predicate], before: Sequence[Element], after: Sequence[Element], reason: str) -> None:
+        clause = split(before)[-1].elements
+        start = min([element.start for element in clause if element.start] + [predicates[0].start])
+        end = after[0].end if after and isinstance(after[0], Noun) else predicates[-1].end
+        setting = after and isinstance(after[0], Noun) and _is_setting(predicates[-1], after[0])
+        idle = reason == NO_SUBJECT and _COVERS.fullmatch(predicates[-1].words) and not (
+            after and isinstance(after[0], Noun) and after[0].determiners)
+        if not setting and not idle and not (reason == NO_OBJECT and _COVERS.fullmatch(predicates[-1].words)):
+            self.note(start, end, reason)
 
-def _nouns(elements: list[Element]) -> list[Noun]:
-    return [element for element in elements if isinstance(element, Noun)]
+    def note(self, start: int, end: int, reason: str) -> None:
+        words = " ".join(self.prompt[start:end].split())
+        words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."
+        self.not_understood.append((start, NotUnderstood(words, reason)))
 
+    def note_unsteered(self, one: Unsteered, elements: Sequence[Element]) -> None:
+        """Tells of "next to a tree" where a thing follows."""
+        noun = next((element for element in elements if isinstance(element, Noun) and element.start >= one.end), None)
+        if noun is not None and not is_frame(noun) and noun.last_word not in _IDLE \
+                and _only_determiners(self.prompt[one.end:noun.start]):
+            self.note(one.start, noun.end, PART if one.is_part else OTHER_RELATION)
 
-def _kinds(elements: list[Element]) -> set[str]:
-    return {element.kind for element in elements if isinstance(element, Mark)}
-
-
-def _same_place(one: Noun, other: Noun) -> bool:
-    return one.start == other.start
+    def relate_places(self) -> None:
+        relations, rest = relate(self.placed)
+        self.found += relations
+        for one in rest:
+            if not is_ordinary(one):
+                near = [thing.start for thing in one.things if 0 <= one.place.start - thing.start <= _LONGEST]
+                self.note(min(near, default=one.place.start), one.place.end, NO_REFERENCE if one.place.bare else NOT_STEERED)
 
 
-def _boundaries(elements: list[Element]) -> list[int]:
-    """Indices of the marks that separate two phrases."""
-    return [index for index, element in enumerate(elements) if isinstance(element, Mark)
-            and element.kind in _BOUNDARIES and not _describes(elements[index:index + 2])]
+def _fail(reason: str) -> list[Noun]:
+    raise Unclear(reason)
 
 
-def _last_boundary(elements: list[Element]) -> int:
-    """Index of the last mark that separates two phrases; -1 without any."""
-    return max(_boundaries(elements), default=-1)
+def _only_determiners(text: str) -> bool:
+    return len(text.split()) <= 2 and not re.search(r"[,.;:!?]", text)
 
 
-def _describes(pair: list[Element]) -> bool:
-    """True for "with a hat": it tells more of a thing, while "with a dog" brings another one."""
-    return pair[0] == Mark("with") and isinstance(pair[-1], Noun) and pair[-1].words.lower().split()[-1] in _WORN
-
-
-def _has_verb(before: list[Element]) -> bool:
-    return bool(_kinds(before[_last_boundary(before) + 1:]) & {"is", "are"})
-
-
-def _subject_of_clause(clause: list[Element]) -> Noun | None:
-    """The nearest of several independent phrases ("a garden a dog", "next to a tree"), else the first free one."""
-    nouns = _nouns(clause)
-    independent = [noun for noun in nouns if noun.link in ("beside", "new")]
-    free = [noun for noun in nouns if noun.link == "free" or noun.link == "verb" and noun is nouns[0]]
-    return (independent[-1:] or free[:1] or nouns[:1] or [None])[0]
-
-
-def _main_noun(elements: list[Element]) -> list[Noun]:
-    """The first free phrase of the last clause that has one: what "it" or a new predicate would speak of."""
-    stop = len(elements)
-    for cut in reversed([-1, *_boundaries(elements)]):
-        nouns = _nouns(elements[cut + 1:stop])
-        if nouns:
-            return [next((noun for noun in nouns if noun.link in ("free", "new", "verb")), nouns[0])]
-        stop = cut
-    return []
-
-
-def _joined_before(before: list[Element], cut: int, opening: bool) -> list[Noun]:
-    """The phrases joined by "and" or commas to the last one: A and B of "A, B and C are"."""
-    joined: list[Noun] = []
-    index = cut
-    while index > 0 and before[index] in (Mark("and"), Mark("comma")):
-        index -= 1
-        if isinstance(before[index], Noun):
-            if index == 0 and not opening:
-                break  # the object of the predicate before
-            joined.insert(0, before[index])
-            index -= 1
-    has_and = any(element == Mark("and") for element in before[index + 1:cut + 1])
-    return joined if has_and else []
-
-
-def _objects(after: list[Element], has_verb: bool, is_last: bool) -> list[Noun]:
-    """The phrases right after a predicate: one, or several where a verb or "both" says that all are meant."""
-    while after and after[0] in (Mark("newline"), Mark("both")):
-        has_verb = has_verb or after[0] == Mark("both")
-        after = after[1:]
-    if not after or not isinstance(after[0], Noun):
-        return []
-    first = after[0]
-    objects, index, has_and = [first], 1, False
-    while has_verb:
-        joints = index
-        while joints < len(after) and after[joints] in (Mark("and"), Mark("comma")):
-            joints += 1
-        if joints == index or joints == len(after) or not isinstance(after[joints], Noun) \
-                or bool(after[joints].determiners) != bool(first.determiners):
-            break
-        follows = after[joints + 1] if joints + 1 < len(after) else None
-        ends = is_last if follows is None else isinstance(follows, Mark) and follows.kind in _BOUNDARIES
-        if not ends or has_and:
-            break
-        has_and = Mark("and") in after[index:joints]
-        objects.append(after[joints])
-        index = joints + 1
-    return objects if has_and else [first]
-
-
-def _inverted_subject(before: list[Element], after: list[Element]) -> int | None:
-    """Index in `after` of the subject in "Above a table is a lamp" or "To the left of a dog, a cat"; else None."""
-    if before or not after or not isinstance(after[0], Noun):
-        return None
-    index = 1
-    while index < len(after) and after[index] in (Mark("comma"), Mark("is"), Mark("are")):
-        index += 1
-    if index == 1 or index == len(after) or not isinstance(after[index], Noun):
-        return None
-    noun = after[index]
-    return index if noun.determiners or Mark("is") in after[1:index] or Mark("are") in after[1:index] else None
-
-
-def _is_frame(noun: Noun) -> bool:
-    return noun.words.lower().split()[-1] in _FRAME and not {"a", "an", "another"} & set(noun.determiners)
-
-
-def _is_setting(predicate: _Predicate, thing: Noun) -> bool:
+def _is_setting(predicate: Predicate, thing: Noun) -> bool:
     """True for what is no object in the picture: "the left of the image", "under the sea", "beneath a starry sky"."""
-    if _is_frame(thing):
+    if is_frame(thing):
         return True
-    last = thing.words.lower().split()[-1]
+    if thing.last_word in BODY and (_COVERS.fullmatch(predicate.words) or "side" in predicate.words.lower()):
+        return True  # "hair over one eye", "a scar on the left side of his face"
     definite = not {"a", "an"} & set(thing.determiners)
-    return bool(_UNDER.fullmatch(predicate.words)) and last in _AMBIENT and (definite or last in ("sky", "skies"))
+    return bool(_UNDER.fullmatch(predicate.words)) and thing.last_word in AMBIENT and (
+        definite or thing.last_word in ("sky", "skies"))
 
 
-def occurrences(words: str, text: str) -> list[tuple[int, int]]:
-    """(start, end) of each place where `words` stand in the text as whole words, whatever the case."""
-    pattern = r"\s+".join(re.escape(word) for word in words.split())
-    return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
-
-
-def first_alone(words: str, text: str, longer: Iterable[tuple[int, int]]) -> int:
-    """Number (from 1) of the first occurrence that is not inside a longer phrase ("dog" in "hot dog"); 0 for none.
-
-    longer: (start, end) of the phrases in the text.
-    """
-    spans = list(longer)
-    for number, (start, end) in enumerate(occurrences(words, text), 1):
-        if not any(first <= start and end <= last and last - first > end - start for first, last in spans):
-            return number
-    return 0
-
-
-class _Names:
-    """Gives each thing one name: its phrase, with "#n" where the phrase's first occurrence is another thing."""
-
-    def __init__(self, text: str, nouns: list[Noun]):
-        self._text = text
-        self._spans = [(noun.start, noun.end) for noun in nouns]
-        self._names: dict[str, list[str]] = {}
-
-    def name(self, noun: Noun) -> str:
-        words = " ".join(noun.words.split())
-        known = self._names.setdefault(words.lower(), [])
-        ordinals = {"another", "other", "second", "third"} & set(noun.determiners)
-        again = known[0] if known else ""
-        if ordinals:
-            again = known[-1] if "the" in noun.determiners and len(known) > 1 else ""
-        if not again:
-            if ordinals:
-                number = sum(1 for _, end in occurrences(words, self._text) if end <= noun.end)
-            else:
-                number = first_alone(words, self._text, self._spans)
-            again = words if number <= 1 else f"{words}#{number}"
-            known.append(again)
-        return again
-
-
-def read_triples(prompt: str) -> list[Triple]:
-    """(subject, canonical predicates, object) of each relation in the prompt, in order, without repetition."""
-    text = plain_text(prompt)
-    predicates = [_Predicate(start, end, names, text[start:end]) for start, end, names in find_predicates(text)]
-    reader = _Reader(text)
-    start = 0
-    for end in [match.start() for match in _SENTENCE_END.finditer(text)] + [len(text)]:
-        reader.read_sentence(start, end, [p for p in predicates if start <= p.start < end])
-        start = end
-    names = _Names(text, [noun for subject, _, thing in reader.found for noun in (subject, thing)])
+def read_triples(prompt: str) -> tuple[list[Triple], list[NotUnderstood]]:
+    """(subject, canonical predicates, object) of each relation in order, and what was not understood."""
+    text = readable_text(prompt, speaks_of_places)
+    found = find_all(text)
+    reader = _Reader(prompt)
+    for start, end in sentences(text):
+        here = [one for one in found if start <= one.start < end]
+        elements = scan(text, start, end, here)
+        reader.read_sentence(elements)
+        for one in here:
+            if isinstance(one, Unsteered):
+                reader.note_unsteered(one, elements)
+    reader.relate_places()
+    names = Names(plain_text(prompt), [noun for subject, _, thing in reader.found for noun in (subject, thing)])
     triples = [(names.name(subject), predicate, names.name(thing)) for subject, predicate, thing in reader.found]
-    return list(dict.fromkeys(triples))
+    notes = [note for _, note in sorted(reader.not_understood, key=lambda note: note[0])]
+    return list(dict.fromkeys(triples)), list(dict.fromkeys(notes))

@@ -49,11 +49,23 @@ class Relation:
 
 
 @dataclass(frozen=True)
+class NotUnderstood:
+    """Words of the prompt that speak of a place or a relation but are not steered, and why."""
+
+    words: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"\"{self.words}\": {self.reason}"
+
+
+@dataclass(frozen=True)
 class RelationGraph:
-    """The relations that a picture should show, and the prompt whose words they speak of."""
+    """The relations that a picture should show, the prompt whose words they speak of, and what was not understood in it."""
 
     relations: tuple[Relation, ...] = ()
     prompt: str = ""
+    not_understood: tuple[NotUnderstood, ...] = ()
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -79,7 +91,7 @@ class RelationGraph:
                                     "Remove or reverse one of them, or give it the weight 0.")
 
     def describe(self) -> str:
-        """What was understood, for the node: the relations one a line, then the prompt."""
+        """What was understood, for the node: the relations one a line, what was not understood, then the prompt."""
         if not self.relations:
             lines = ["No relation found."]
         else:
@@ -88,11 +100,12 @@ class RelationGraph:
             off = "" if relation.weight else ": off"
             weight = "" if relation.weight == 1 else f"  (weight {relation.weight:g}{off})"
             lines.append(f"{number}. {relation}{weight}")
+        lines += [f"Not understood: {one}." for one in self.not_understood]
         return "\n".join(lines + ([f"Prompt: {self.prompt}"] if self.prompt else []))
 
 
 def split_occurrence(phrase: str) -> tuple[str, int]:
-    """"dog#2" → ("dog", 2); a phrase without a number is its first occurrence."""
+    """"dog#2" -> ("dog", 2); a phrase without a number is its first occurrence."""
     match = re.fullmatch(r"(.*\S)\s*#\s*([1-9]\d{0,3})", phrase.strip(), re.DOTALL)
     return (match.group(1), int(match.group(2))) if match else (phrase.strip(), 1)
 

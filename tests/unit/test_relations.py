@@ -18,7 +18,7 @@ from learn_to_steer.prompts.graph import (
     read_prompt,
     split_occurrence,
 )
-from learn_to_steer.prompts.noun_phrases import plain_text
+from learn_to_steer.prompts.text import plain_text
 
 NAMES = {"A": ("above",), "B": ("below",), "L": ("to the left of",), "R": ("to the right of",)}
 NAMES |= {vertical + side: NAMES[vertical] + NAMES[side] for vertical in "AB" for side in "LR"}
@@ -158,7 +158,7 @@ NO_RELATION = [
     "view from above a city", "a dog on the left side of the image", "a bridge under construction",
     "a photo of above average quality", "all over the place", "an over the shoulder shot of a man",
     "a car to the right of way", "the right of the people", "a dog not above a cat", "a dog isn't left of a cat",
-    "no dog above a cat", "they are above a car", "a dog above them", "the cat; a dog above it", "a man over 60",
+    "no dog above a cat", "they are above a car", "a dog above them", "a man over 60",
     "a dog above or below a cat", "a dog to the left of nothing", "left of a cat", "above", "left of", "above above",
     "a dog to the left of", "犬は猫の左にいる",
 ]

@@ -1,0 +1,314 @@
+"""Within a sentence: which phrases a relation is said of, and what it is said to be beside.
+
+How prompts are read where English leaves a choice:
+- "A r1 B r2 C" is a chain: B is the subject of r2. So is "A r1 B, which is r2 C".
+- "A r1 B and r2 C", "A r1 B, r2 C" and "... and it is r2 C" speak of A again.
+- "A is r1 B and C" places A against both; without a verb ("A r1 B and C") only against B, C merely being there.
+- "A and B are r C" places both; "A and B r C" only B.
+- "A with B r C" speaks of A where B is something that A has ("a man with a guitar"), of B where A is a scene.
+Where a reader would have to guess, `Unclear` says why.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .elements import Element, Mark, Noun, is_plural
+from .vocabulary import (
+    ALWAYS_FRAME,
+    ANIMALS,
+    ATTRIBUTES,
+    FRAME,
+    NUMBERS,
+    PEOPLE,
+    PICTURES,
+    POSSESSIVES,
+    QUALITY,
+    SCENES,
+)
+
+_BOUNDARIES = ("and", "or", "comma", "newline", "clause", "with")
+_INSERTS = ("verb", "relative", "preposition", "not", "both")  # what begins ", wearing a hat," and ", which is red,"
+PRONOUNS = ("it", "he", "they", "both", "former", "latter")
+NEGATED = "it is negated, and nothing is steered away from a relation"
+CHOICE = "\"or\" leaves open what is meant"
+NO_SUBJECT = "it does not say what stands there"
+NO_OBJECT = "it does not say of what"
+
+
+class Unclear(ValueError):
+    """A relation cannot be read without a guess; the message says why."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a sentence without a joint in it; `joint` is the mark before it, "" for the first."""
+
+    joint: str
+    elements: tuple[Element, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        return kinds_of(self.elements)
+
+
+def nouns_of(elements: Sequence[Element]) -> list[Noun]:
+    """The noun phrases, without negated ones ("not a cat")."""
+    return [element for index, element in enumerate(elements) if isinstance(element, Noun)
+            and not (index and elements[index - 1] == Mark("not"))]
+
+
+def kinds_of(elements: Sequence[Element]) -> set[str]:
+    return {element.kind for element in elements if isinstance(element, Mark)}
+
+
+def split(elements: Sequence[Element]) -> list[Segment]:
+    """The segments between joints. "with a hat" joins nothing: it tells more of a thing."""
+    segments, joint, start = [], "", 0
+    for index, element in enumerate(elements):
+        if isinstance(element, Mark) and element.kind in _BOUNDARIES and not _describes(elements[index:index + 2]):
+            segments.append(Segment(joint, tuple(elements[start:index])))
+            joint, start = element.kind, index + 1
+    return [*segments, Segment(joint, tuple(elements[start:]))]
+
+
+def _describes(pair: Sequence[Element]) -> bool:
+    return pair[0] == Mark("with") and isinstance(pair[-1], Noun) and pair[-1].last_word in ATTRIBUTES
+
+
+def is_frame(noun: Noun) -> bool:
+    """True for the picture itself: "the image", "a white background"."""
+    return noun.last_word in ALWAYS_FRAME or noun.last_word in FRAME and not {"a", "an", "another"} & set(noun.determiners)
+
+
+def is_person(noun: Noun) -> bool:
+    return noun.last_word.lstrip("0123456789") in PEOPLE
+
+
+def is_many(noun: Noun) -> bool:
+    numbers = NUMBERS - {"one"} | {"these", "those", "several", "many", "few"}
+    return is_plural(noun.last_word) or bool(numbers & set(noun.determiners))
+
+
+def _is_alive(noun: Noun) -> bool:
+    return is_person(noun) or noun.last_word in ANIMALS
+
+
+def _is_thing(noun: Noun) -> bool:
+    """True for what a relation may be said of though other words stand between."""
+    last = noun.last_word
+    return not (is_frame(noun) or last in ATTRIBUTES or last in QUALITY or last in PICTURES and not noun.determiners)
+
+
+def head(segment: Segment) -> Noun | None:
+    """What a relation right behind the segment is said of: "a garden a dog", "a dog next to a tree" speak of the last.
+
+    None where all phrases hang on something before them ("sitting on a chair").
+    """
+    nouns = nouns_of(segment.elements)
+    independent = [noun for noun in nouns if noun.link in ("beside", "new")]
+    free = [noun for noun in nouns if noun.link == "free"]
+    return (independent[-1:] or free[:1] or [None])[0]
+
+
+def things(segments: Sequence[Segment]) -> list[Noun]:
+    """The things that the segments are about, without what these wear, hold or stand in."""
+    found: list[Noun] = []
+    for segment in segments:
+        first = segment.elements[0] if segment.elements else None
+        insert = isinstance(first, Mark) and first.kind in _INSERTS or segment.joint == "with"
+        noun = next((noun for noun in nouns_of(segment.elements) if noun.link in ("free", "new")), None)
+        if noun is None or not _is_thing(noun):
+            continue
+        if segment.joint == "with" and found and found[-1].last_word in SCENES:
+            found[-1] = noun  # "a garden with a dog"
+        elif not (insert and found) or segment.joint == "with" and _is_alive(noun):
+            found.append(noun)
+    return found
+
+
+def _one_of(candidates: Sequence[Noun], joined: bool) -> list[Noun]:
+    """The one that ", sitting under a tree" is said of."""
+    people = [noun for noun in candidates if is_person(noun)]
+    if len(candidates) == 1 or joined:
+        return list(candidates)
+    if not candidates:
+        raise Unclear(NO_SUBJECT)
+    if len(people) == 1 and not any(noun.determiners for noun in candidates if noun is not people[0]):
+        return people  # tags: "1girl, umbrella, standing to the left of a car"
+    raise Unclear(f"it may be said of {listed(candidates)}")
+
+
+def listed(nouns: Sequence[Noun]) -> str:
+    return " or ".join(f"\"{noun.words}\"" for noun in nouns[:4])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was said before: the subjects of the last relation, its objects, the things of the last sentence.
+
+    opening: no relation stands before in this sentence.
+    """
+
+    opening: bool
+    subjects: Sequence[Noun] = ()
+    objects: Sequence[Noun] = ()
+    before: Sequence[Noun] = ()
+
+
+def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: bool = False) -> list[Noun]:
+    """The phrases that a relation is said of, given what stands before it. Raises Unclear.
+
+    of_pronoun: its object is a pronoun ("a table with a lamp above it") or something of the owner ("his head").
+    """
+    while elements and elements[-1] == Mark("newline"):
+        elements = elements[:-1]  # a line broken before the relation
+    segments = split(elements)
+    clause, earlier = segments[-1], segments[:-1]
+    noun = head(clause)
+    if Mark("not") in clause.elements and (noun is None or _is_negated(clause.elements)):
+        raise Unclear(NEGATED)
+    if noun is None:
+        return _subjects_before(clause, earlier, context)
+    if clause.joint == "or" and earlier and nouns_of(earlier[-1].elements):
+        raise Unclear(CHOICE)
+    if clause.joint == "with" and earlier and not of_pronoun:
+        noun = _owner_or_owned(noun, earlier, context.opening)
+    if "are" in clause.kinds or "both" in kinds_of(elements):
+        return _joined_before(elements, clause, context.opening) + [noun]
+    return [noun]
+
+
+def _is_negated(elements: Sequence[Element]) -> bool:
+    """True where "not" belongs to the relation: no phrase follows it."""
+    return any(element == Mark("not") and not (index + 1 < len(elements) and isinstance(elements[index + 1], Noun))
+               for index, element in enumerate(elements))
+
+
+def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Context) -> list[Noun]:
+    """The subjects where the clause itself names none: "a woman, sitting under", "It is above", "and above"."""
+    kinds = clause.kinds
+    here = things(earlier) if context.opening else []
+    if "unclear" in kinds:
+        raise Unclear(NO_SUBJECT)
+    if kinds & {"they", "both"}:
+        found = here or list(context.before)
+        if len(found) < 2 and not (found and is_many(found[0])):
+            raise Unclear("nothing before it says who is meant")
+        return found
+    if "relative" in kinds:
+        return here[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+    if clause.joint == "or":
+        raise Unclear(CHOICE)
+    if here:
+        joined = all(segment.joint in ("", "and", "comma") for segment in earlier) and earlier[-1].joint == "and"
+        return _one_of(here, joined)
+    if clause.joint and not context.opening or kinds & {"it", "he", "is", "are", "verb"} and context.subjects:
+        return list(context.subjects) or _none()
+    raise Unclear(NO_SUBJECT)
+
+
+def _none() -> list[Noun]:
+    raise Unclear(NO_SUBJECT)
+
+
+def _owner_or_owned(noun: Noun, earlier: Sequence[Segment], opening: bool) -> Noun:
+    """Who "A with B above C" is said of: A or B."""
+    owner = head(earlier[-1])
+    if owner is None or owner.last_word in SCENES or not _is_thing(owner):
+        return noun
+    if not _is_alive(noun):
+        return owner
+    if opening and _is_alive(owner):
+        raise Unclear(f"it may be said of {listed([owner, noun])}")
+    return noun
+
+
+def _joined_before(elements: Sequence[Element], clause: Segment, opening: bool) -> list[Noun]:
+    """The phrases joined by "and" or commas to the last one: A and B of "A, B and C are"."""
+    joined: list[Noun] = []
+    start = len(elements) - len(clause.elements) - 1
+    index = start
+    while index > 0 and elements[index] in (Mark("and"), Mark("comma")):
+        index -= 1
+        if isinstance(elements[index], Noun):
+            if index == 0 and not opening:
+                break  # the object of the relation before
+            if not (index and elements[index - 1] == Mark("not")):
+                joined.insert(0, elements[index])
+            index -= 1
+    return joined if Mark("and") in elements[index + 1:start + 1] else []
+
+
+def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> list[Noun]:
+    """The phrases right after a relation: one, or several where a verb or "both" says that all are meant."""
+    while after and after[0] in (Mark("newline"), Mark("both"), Mark("aside")):
+        has_verb = has_verb or after[0] == Mark("both")
+        after = after[1:]
+    if after and after[0] == Mark("not"):
+        raise Unclear(NEGATED)
+    if not after or not isinstance(after[0], Noun):
+        raise Unclear(NO_OBJECT)
+    first = after[0]
+    if len(after) > 2 and after[1] == Mark("or") and isinstance(after[2], Noun):
+        raise Unclear(CHOICE)
+    objects, index, has_and = [first], 1, False
+    while has_verb:
+        joints = index
+        while joints < len(after) and after[joints] in (Mark("and"), Mark("comma")):
+            joints += 1
+        if joints == index or joints == len(after) or not isinstance(after[joints], Noun) \
+                or bool(after[joints].determiners) != bool(first.determiners):
+            break
+        follows = after[joints + 1] if joints + 1 < len(after) else None
+        ends = is_last if follows is None else isinstance(follows, Mark) and follows.kind in _BOUNDARIES
+        if not ends or has_and:
+            break
+        has_and = Mark("and") in after[index:joints]
+        objects.append(after[joints])
+        index = joints + 1
+    return objects if has_and else [first]
+
+
+def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
+    """The things that a pronoun after a relation stands for, out of those that were named. Raises Unclear."""
+    distinct = {noun.words.lower(): noun for noun in candidates
+                if noun.words.lower() not in {subject.words.lower() for subject in subjects}}
+    named = list(distinct.values())
+    if pronoun in ("both", "former", "latter"):
+        if len(named) != 2:
+            raise Unclear(f"\"{pronoun}\" needs two things before it")
+        return named if pronoun == "both" else [named[0 if pronoun == "former" else 1]]
+    if pronoun == "they":
+        many = [noun for noun in named if is_many(noun)]
+        if len(named) == 1 and many or len(named) > 1 and not many:
+            return named
+    else:
+        people = [noun for noun in named if is_person(noun)]
+        fitting = people if pronoun == "he" else [noun for noun in named if noun not in people]
+        single = [noun for noun in fitting or named if not is_many(noun)]
+        if len(single) == 1:
+            return single
+        named = single
+    raise Unclear(f"the pronoun may mean {listed(named)}" if len(named) > 1 else "nothing before it is meant by the pronoun")
+
+
+def belongs_to_owner(elements: Sequence[Element]) -> bool:
+    """True for "his head": something of what was named before."""
+    return bool(elements) and isinstance(elements[0], Noun) and bool(POSSESSIVES & set(elements[0].determiners))
+
+
+def inverted_subject(clause: Segment, after: Sequence[Element], opening: bool) -> int | None:
+    """Index in `after` of the subject in "Above a table is a lamp" or "To the left of a dog, a cat"; else None."""
+    starts = isinstance(after[0], Noun) or isinstance(after[0], Mark) and after[0].kind in PRONOUNS if after else False
+    if any(not isinstance(element, Mark) or element.kind not in ("newline", "preposition") for element in clause.elements) \
+            or not starts or not (opening or clause.joint):
+        return None
+    index = 1
+    while index < len(after) and after[index] in (Mark("comma"), Mark("is"), Mark("are")):
+        index += 1
+    if index == 1 or index == len(after) or not isinstance(after[index], Noun):
+        return None
+    has_verb = bool(kinds_of(after[1:index]) & {"is", "are"})
+    comma_will_do = opening and not clause.joint and bool(after[index].determiners)
+    return index if has_verb or comma_will_do else None

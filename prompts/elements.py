@@ -1,0 +1,269 @@
+"""From text to elements: the noun phrases, joining words, relations and places of a sentence, in order.
+
+English, by word lists, no model.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .predicates import Found, Place, Predicate
+from .text import HIDDEN, embedding_at
+from .vocabulary import (
+    ADJECTIVES,
+    BESIDE,
+    COMMANDS,
+    CONTRACTIONS,
+    DETERMINERS,
+    ING_ATTRIBUTES,
+    ING_NOUNS,
+    JOINTS,
+    LATE_ADVERBS,
+    LY_NOUNS,
+    NEGATIONS,
+    OTHER_VERBS,
+    PARTICIPLES,
+    PICTURES,
+    PLURAL_VERBS,
+    POSITION_VERBS,
+    PREDICATIVE,
+    PREPOSITIONS,
+    SEVERAL_WORDS,
+    UNCLEAR,
+    VERBS,
+)
+
+
+@dataclass(frozen=True)
+class Noun:
+    """A noun phrase: `words` as in the text without its determiners; `start`, `end` are places in the text.
+
+    `link` says how it hangs on what stands before it: "free", "verb" (holding a ball), "preposition" (in a hat),
+    "beside" (next to a tree) or "new" (directly after another phrase).
+    """
+
+    words: str
+    start: int
+    end: int
+    determiners: tuple[str, ...] = ()
+    link: str = "free"
+
+    @property
+    def last_word(self) -> str:
+        return self.words.lower().split()[-1]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, preposition, aside;
+    a pronoun: it, he, they, both, former, latter; or "unclear", what names no thing."""
+
+    kind: str
+    start: int = field(default=0, compare=False)
+
+
+Element = Noun | Mark | Predicate | Place
+
+_PUNCTUATION = r"!-/:-@\[-^`{-~\u00a1-\u00bf\u2010-\u205e\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
+_WORD = rf"[^\s{HIDDEN}{_PUNCTUATION}]+"
+_SEVERAL = "|".join(words.replace(" ", r"\s+") for words in SEVERAL_WORDS)
+_TOKEN = re.compile(rf"\b(?:{_SEVERAL})\b|{_WORD}(?:['’\-]{_WORD})*|\n+|{HIDDEN}+|[{_PUNCTUATION}]", re.IGNORECASE)
+_IS_PUNCTUATION = re.compile(rf"[{_PUNCTUATION}\n]+")
+_QUOTES = "\"'`“”„‘’«»"
+_FOUND = "\ue000"  # stands for the words of a relation or place
+_PRONOUNS = {"this": "it", "that": "it", "her": "he", "these": "they", "those": "they", "another": "unclear",
+             "other": "unclear", "each": "unclear", "some": "unclear"}
+"""Determiners that are pronouns where no noun follows: "above her"."""
+
+
+@dataclass(frozen=True)
+class _Token:
+    word: str
+    start: int
+    end: int
+    found: Found | None = None
+
+
+def is_plural(word: str) -> bool:
+    return word.endswith("s") and not word.endswith("ss") or word in ("people", "men", "women", "children", "sheep")
+
+
+def scan(text: str, start: int, end: int, found: Sequence[Found]) -> list[Element]:
+    """The elements of text[start:end], a sentence, in order; found: its relations and places."""
+    tokens = _tokens(text, start, end, found)
+    scanner = _Scanner(text)
+    for index, token in enumerate(tokens):
+        scanner.read(token, tokens[index + 1].word if index + 1 < len(tokens) else "")
+    scanner.close()
+    return scanner.elements
+
+
+def _tokens(text: str, start: int, end: int, found: Sequence[Found]) -> list[_Token]:
+    tokens: list[_Token] = []
+    for one in found:
+        tokens += _words(text, start, one.start)
+        tokens.append(_Token(_FOUND, one.start, one.end, one))
+        start = one.end
+    return tokens + _words(text, start, end)
+
+
+def _words(text: str, start: int, end: int) -> list[_Token]:
+    tokens: list[_Token] = []
+    while match := _TOKEN.search(text, start, end):
+        start = match.start()
+        word = " ".join(match.group().lower().split()) or match.group()
+        stop = embedding_at(text, start) if word == "embedding" else -1
+        stop = min(stop, end) if stop > start else match.end()
+        for part in CONTRACTIONS.get(word.replace("’", "'"), "").split() or [SEVERAL_WORDS.get(word, word)]:
+            tokens.append(_Token(part, start, stop))
+        start = stop
+    return tokens
+
+
+class _Scanner:
+    """One pass over the words of a sentence; `_noun` holds the tokens of the phrase being read."""
+
+    def __init__(self, text: str):
+        self.elements: list[Element] = []
+        self._text = text
+        self._keep_picture = False  # "a cat above a painting of a dog": here the painting is the thing
+        self._noun: list[_Token] = []
+        self._determiners: list[_Token] = []
+        self._link = "free"
+
+    def _words(self) -> list[str]:
+        return [token.word for token in self._noun]
+
+    def _only_adjectives(self) -> bool:
+        return bool(self._noun) and all(word in ADJECTIVES for word in self._words())
+
+    def close(self) -> None:
+        """Ends the phrase being read; words that cannot end one are taken off."""
+        words = self._words()
+        while len(words) > 1 and (words[-1] in LATE_ADVERBS or words[-1] in DETERMINERS or words[-1] in ("of", "and")
+                                  or words[-1].endswith("ly") and words[-1] not in LY_NOUNS):
+            words.pop()
+        tokens = self._noun[:len(words)]
+        determiners = tuple(token.word for token in self._determiners)
+        if tokens and not all(word.isdigit() for word in words):
+            spelling = " ".join(self._text[token.start:token.end] for token in tokens)
+            self.elements.append(Noun(spelling, tokens[0].start, tokens[-1].end, determiners, self._link))
+            self._link = "new"
+        elif determiners and not tokens and determiners[-1] in _PRONOUNS:
+            self.elements.append(Mark(_PRONOUNS[determiners[-1]], self._determiners[0].start))
+        self._noun, self._determiners = [], []
+
+    def mark(self, token: _Token, kind: str, link: str = "free") -> None:
+        self.close()
+        self.elements.append(Mark(kind, token.start))
+        if not (link == "preposition" and self._link == "beside"):  # "next to", "close to"
+            self._link = link
+
+    def read(self, token: _Token, following: str) -> None:
+        if token.found is not None:
+            self._find(token.found)
+        elif self._noun and self._continues(token.word, following):
+            self._noun.append(token)
+        elif not self._joins(token, following):
+            self._starts(token)
+
+    def _find(self, found: Found) -> None:
+        if self._noun and self._noun[-1].word.replace("’", "'").endswith("'s"):  # "the dog's above the cat"
+            last = self._noun[-1]
+            self._noun[-1] = _Token(last.word[:-2], last.start, last.end - 2)
+            self.mark(last, "is")
+        self.close()
+        if isinstance(found, Predicate | Place):
+            self.elements.append(found)
+            self._keep_picture, self._link = self._keep_picture or isinstance(found, Predicate), "free"
+        else:
+            self.elements.append(Mark("preposition", found.start))
+            self._link = "beside"
+
+    def _continues(self, word: str, following: str) -> bool:
+        """Words that would end a phrase but do not here: "cup of a man", "black and white dog"."""
+        words = self._words()
+        if words[-1] == "of":
+            return word in DETERMINERS
+        if word == "of":
+            return self._keep_picture or words[-1] not in PICTURES
+        if word in ("and", "&"):
+            return all(w in ADJECTIVES or w == "orange" for w in words) and following in ADJECTIVES
+        if word.endswith("ing") or word in PARTICIPLES:
+            return self._only_adjectives() or word in ING_ATTRIBUTES and following != _FOUND or word in ING_NOUNS
+        return False
+
+    def _joins(self, token: _Token, following: str) -> bool:
+        """Handles words that stand between phrases; False for a word that belongs to a phrase."""
+        word, first = token.word, not self._noun
+        if word == "of":
+            if not first:  # "a photo of": what was read is the picture, not a thing in it
+                self._noun, self._determiners = [], []
+        elif word in _QUOTES:
+            self.close()
+        elif word[0] == HIDDEN:
+            self.mark(token, "aside", self._link)
+        elif _IS_PUNCTUATION.fullmatch(word) and word not in "&+":
+            if word == "," and self._only_adjectives() and following not in DETERMINERS:
+                self._noun = []  # "a big, red dog": the phrase is "red dog"
+            else:
+                self.mark(token, "newline" if word[0] == "\n" else "comma")
+        elif word.endswith(("n't", "n’t")) or word in NEGATIONS or word == "not":
+            self.mark(token, "not", self._link)
+        elif word == "that" and (not first or self.elements) and not self._determiners:
+            self.mark(token, "relative")
+        elif word in JOINTS:
+            self.mark(token, JOINTS[word])
+        elif word in ("former", "latter") and first and _ends_phrase(following):
+            self._determiners = []
+            self.mark(token, word)
+        elif word in UNCLEAR and first and not self._determiners:
+            self.mark(token, "unclear")
+        elif word in BESIDE or word == "in" and following == "front":
+            self.mark(token, "preposition", "beside")
+        elif word in PREPOSITIONS:
+            self.mark(token, "preposition", "preposition")
+        else:
+            return self._joins_as_verb(token, following, first)
+        return True
+
+    def _joins_as_verb(self, token: _Token, following: str, first: bool) -> bool:
+        word = token.word
+        bare = first and not self._determiners
+        ing = word.endswith("ing") and word not in ING_NOUNS
+        if word in VERBS:
+            self.mark(token, VERBS[word])
+        elif word in OTHER_VERBS or bare and (word in PARTICIPLES or word in PREDICATIVE) and word not in ("left", "right"):
+            self.mark(token, "verb", "verb")
+        elif bare and ing and (following in DETERMINERS or following in PREPOSITIONS or _ends_phrase(following)):
+            self.mark(token, "verb", "verb")  # "sitting on a chair", "sitting under", but "flying bird"
+        elif not first and (word in PARTICIPLES or word in PREDICATIVE or word.endswith("ing")):
+            if word == "right" and following in ("", _FOUND):
+                return False  # "a dog right above": taken off as an adverb
+            self.mark(token, "verb", "verb")
+        elif word in PLURAL_VERBS and not first and (is_plural(self._words()[-1]) or Mark("and") in self.elements[-2:]):
+            self.mark(token, "are" if word in POSITION_VERBS else "verb", "free" if word in POSITION_VERBS else "verb")
+        elif bare and word in COMMANDS and (following in DETERMINERS or word in ("i", "we", "you", "here", "please", "let")):
+            pass
+        else:
+            return False
+        return True
+
+    def _starts(self, token: _Token) -> None:
+        """A determiner begins a phrase; any other word goes on with one."""
+        word = token.word
+        if word in DETERMINERS or word == "that" or word.isdigit() and not self._noun:
+            if self._noun:
+                self.close()
+            self._determiners.append(token)
+        elif not self._noun and not self._determiners and (word.endswith("ly") and word not in LY_NOUNS):
+            return  # "a dog, clearly above": an adverb begins nothing
+        else:
+            self._noun.append(token)
+
+
+def _ends_phrase(following: str) -> bool:
+    """True where the next word is no part of a noun phrase."""
+    return not following or following == _FOUND or bool(_IS_PUNCTUATION.fullmatch(following)) or following in JOINTS \
+        or following in VERBS or following in PREPOSITIONS

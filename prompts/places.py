@@ -1,0 +1,116 @@
+"""Places in the picture: what stands where, and the relations between things on opposite sides."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .clauses import Context, Segment, Unclear, find_subjects, head, is_frame, split
+from .elements import Element, Mark, Noun
+from .predicates import Place, Predicate
+from .relations import ABOVE, LEFT
+from .vocabulary import SCENES
+
+NOT_STEERED = "absolute places are not steered yet; say where one thing stands from another"
+NO_OBJECT = "it does not say above or below what"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Things said to be at a place; owner: what "a table with a cat underneath" speaks of."""
+
+    place: Place
+    things: tuple[Noun, ...]
+    owner: Noun | None = None
+
+
+Found = tuple[Noun, tuple[str, ...], Noun]
+
+
+def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
+    """The things at each place of a sentence, in order; none where that is unclear."""
+    placed: list[Placed] = []
+    start = 0
+    for index, element in enumerate(elements):
+        if isinstance(element, Place):
+            earlier = elements[start:index]
+            following = _phrase_after(elements[index + 1:], first=not any(isinstance(e, Noun) for e in elements[:index]))
+            if following is not None and head(split(earlier)[-1]) is None:
+                placed.append(Placed(element, (following,)))
+            else:
+                placed.append(Placed(element, *_subjects(earlier, placed, context, element.bare)))
+        if isinstance(element, Place | Predicate):
+            start = index + 1
+            context = Context(False, placed[-1].things if isinstance(element, Place) else (), (), ())
+    return placed
+
+
+def _phrase_after(elements: Sequence[Element], first: bool) -> Noun | None:
+    """The phrase of "on the left is a dog", "on the left a dog" and, in the beginning, "on the left, a dog"."""
+    index = 0
+    while index < len(elements) and isinstance(elements[index], Mark) \
+            and (elements[index].kind in ("is", "are", "verb") or first and elements[index].kind == "comma"):
+        index += 1
+    return elements[index] if index < len(elements) and isinstance(elements[index], Noun) else None
+
+
+def _subjects(earlier: Sequence[Element], placed: Sequence[Placed], context: Context, bare: bool
+              ) -> tuple[tuple[Noun, ...], Noun | None]:
+    segments = split(earlier)
+    owner = head(segments[-2]) if bare and segments[-1].joint == "with" and len(segments) > 1 else None
+    try:
+        return tuple(find_subjects(earlier, context, of_pronoun=bare)), owner
+    except Unclear:
+        return (), None
+
+
+def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
+    """The relations between things at opposite sides, and the places that take part in none."""
+    found: dict[tuple[int, int], tuple[Noun, list[str], Noun]] = {}
+    used: set[int] = set()
+    for rank_of, name in ((lambda place: place.row, ABOVE), (lambda place: place.column, LEFT)):
+        for first, second in _neighbours(placed, rank_of):
+            used |= {first, second}
+            for one in placed[first].things:
+                for other in placed[second].things:
+                    _add(found, one, name, other)
+    relations = [(one, tuple(names), other) for one, names, other in found.values()]
+    rest = []
+    for index, one in enumerate(placed):
+        if one.owner is not None and index not in used and one.owner.last_word not in SCENES:
+            name = ABOVE if one.place.row == -1 else "below"
+            relations += [(thing, (name,), one.owner) for thing in one.things]
+        elif index not in used:
+            rest.append(one)
+    return relations, rest
+
+
+def _add(found: dict, one: Noun, name: str, other: Noun) -> None:
+    """Adds a relation, as a diagonal where the two things have one already: the vertical name comes first."""
+    if (one.start, other.start) in found:
+        found[one.start, other.start][1].append(name)
+    elif (other.start, one.start) in found:  # "A in the lower left, B in the upper right": B above, A left
+        found[other.start, one.start][1].append("to the right of")
+    else:
+        found[one.start, other.start] = (one, [name], other)
+
+
+def _neighbours(placed: Sequence[Placed], rank_of: Callable[[Place], int | None]) -> list[tuple[int, int]]:
+    """Pairs of indices (lower rank, next rank), each with the nearest in the text; none where all have one rank."""
+    ranks: dict[int, list[int]] = {}
+    for index, one in enumerate(placed):
+        rank = rank_of(one.place)
+        if rank is not None and one.things:
+            ranks.setdefault(rank, []).append(index)
+    order = sorted(ranks)
+    pairs: dict[tuple[int, int], None] = {}
+    for low, high in zip(order, order[1:], strict=False):
+        for one in ranks[low]:
+            pairs[one, min(ranks[high], key=lambda other: abs(other - one))] = None
+        for other in ranks[high]:
+            pairs[min(ranks[low], key=lambda one: abs(other - one)), other] = None
+    return sorted(pairs)
+
+
+def is_ordinary(one: Placed) -> bool:
+    """True for "the sky above" and "a valley below", which ask for nothing."""
+    return one.place.bare and (not one.things or any(thing.last_word in SCENES or is_frame(thing) for thing in one.things))

@@ -1,0 +1,96 @@
+"""The prompt as text: what counts as its words, where phrases stand in it, and what is only quoted."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from .vocabulary import COMMANDS, DETERMINERS, JOINTS, PREPOSITIONS
+
+HIDDEN = "\0"  # stands for each character that is not read
+_EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+", re.IGNORECASE)
+_ESCAPED = re.compile(r"\\[()\[\]{}]")
+_WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
+_ASIDE = re.compile(r"\\[(\[{]([^\\()\[\]{}]{0,200})\\[)\]}]")
+_QUOTED = re.compile(r"\"([^\"\n]{1,300})\"|“([^”\n]{1,300})”|«([^»\n]{1,300})»|„([^“”\n]{1,300})[“”]"
+                     r"|(?<![\w'])'([^'\n]{1,300})'(?![\w'])|(?<!\w)‘([^’\n]{1,300})’(?!\w)")
+_SAID = re.compile(r"\b(?:say|says|saying|said|read|reads|reading|text|words?|titled|called|named|caption(?:ed)?|slogan"
+                   r"|labell?ed|letters|lettering|written|writing|inscription|inscribed|message|typography|spell(?:s|ing)?"
+                   r"|logo|title|print(?:ed)?|writes)\s*[:,]?\s*$", re.IGNORECASE)
+_LAST_WORD = re.compile(r"([^\W_][\w'’\-]*)\s*$")
+_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
+_OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
+"""Words after which a quotation is part of the sentence: `photo of "a dog"`."""
+
+
+def plain_text(prompt: str) -> str:
+    """The prompt with attention weights such as "(dog:1.3)" blanked out; same length, so that places stay valid."""
+    text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
+    text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
+    return re.sub(r"[()\[\]{}]", " ", text)
+
+
+def readable_text(prompt: str, speaks_of_places: Callable[[str], bool]) -> str:
+    r"""`plain_text` without what is no part of the sentence: "dog \(animal\)", `a sign saying "left"`; same length.
+
+    speaks_of_places: tells whether words hold a relation or a place. An aside that does is read.
+    """
+    text = plain_text(prompt)
+    hidden = [match.span() for match in _ASIDE.finditer(prompt) if not speaks_of_places(plain_text(match.group(1)))]
+    for match in _QUOTED.finditer(text):
+        before, inside = text[max(0, match.start() - 40):match.start()], match.group(match.lastindex)
+        word = _LAST_WORD.search(before)
+        names = word is not None and word.group(1).lower() not in _OPEN  # a neon sign "left of center"
+        if _SAID.search(before) or names and speaks_of_places(inside):
+            hidden.append(match.span())
+    for start, end in hidden:
+        text = text[:start] + HIDDEN * (end - start) + text[end:]
+    return text
+
+
+def _blank(match: re.Match) -> str:
+    return " " * len(match.group())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def sentences(text: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of each sentence."""
+    start = 0
+    for end in [match.start() for match in _SENTENCE_END.finditer(text)] + [len(text)]:
+        yield start, end
+        start = end
+
+
+def embedding_at(text: str, start: int) -> int:
+    """End of the embedding's name that starts here ("embedding:xyz"); -1 where none does."""
+    match = _EMBEDDING.match(text, start)
+    return start + len(match.group().rstrip(",.;:!?\"'")) if match else -1
+
+
+def occurrences(words: str, text: str) -> list[tuple[int, int]]:
+    """(start, end) of each place where `words` stand in the text as whole words, whatever the case.
+
+    The name of an embedding is no word of the prompt: "dog" does not stand in "embedding:dog".
+    """
+    if "embedding:" not in words.lower() and ":" in text:
+        text = _EMBEDDING.sub(lambda name: HIDDEN * len(name.group()), text)
+    pattern = r"\s+".join(re.escape(word) for word in words.split())
+    return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
+
+
+def first_alone(words: str, text: str, longer: Iterable[tuple[int, int]]) -> int:
+    """Number (from 1) of the first occurrence that is not inside a longer phrase ("dog" in "hot dog"); 0 for none.
+
+    longer: (start, end) of the phrases in the text.
+    """
+    spans = list(longer)
+    for number, (start, end) in enumerate(occurrences(words, text), 1):
+        if not any(first <= start and end <= last and last - first > end - start for first, last in spans):
+            return number
+    return 0
