@@ -114,15 +114,16 @@ def head(segment: Segment) -> Noun | None:
 def things(segments: Sequence[Segment]) -> list[Noun]:
     """The things that the segments are about, without what these wear, hold or stand in."""
     found: list[Noun] = []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         first = segment.elements[0] if segment.elements else None
+        after_comma = index > 0 and segments[index - 1].joint == "comma" and not segments[index - 1].elements
         insert = isinstance(first, Mark) and first.kind in _INSERTS or segment.joint == "with"
         noun = next((noun for noun in nouns_of(segment.elements) if noun.link in ("free", "new")), None)
         if noun is None or not _is_thing(noun):
             continue
         if segment.joint == "with" and found and found[-1].last_word in SCENES:
             found[-1] = noun  # "a garden with a dog"
-        elif not (insert and found) or segment.joint == "with" and _is_alive(noun):
+        elif not (insert and found) or segment.joint == "with" and _is_alive(noun) and not after_comma:
             found.append(noun)
     return found
 
@@ -172,11 +173,19 @@ def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: boo
         return _subjects_before(clause, earlier, context)
     if clause.joint == "or" and earlier and nouns_of(earlier[-1].elements):
         raise Unclear(CHOICE)
+    if clause.joint == "and" and _may_be_worn(noun, earlier[-1]):
+        raise Unclear(f"it may be said of {listed([*nouns_of(earlier[-1].elements)[:1], noun])}")
     if clause.joint == "with" and earlier and not of_pronoun:
         noun = _owner_or_owned(noun, earlier, context.opening)
     if "are" in clause.kinds or "both" in kinds_of(elements):
         return _joined_before(elements, clause, context.opening) + [noun]
     return [noun]
+
+
+def _may_be_worn(noun: Noun, before: Segment) -> bool:
+    """True for the hat of "a cat with a scarf and a hat"."""
+    nouns = nouns_of(before.elements)
+    return noun.last_word in ATTRIBUTES and len(nouns) > 1 and nouns[-1].last_word in ATTRIBUTES and "with" in before.kinds
 
 
 def _is_negated(elements: Sequence[Element]) -> bool:

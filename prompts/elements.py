@@ -61,6 +61,7 @@ class Mark:
 
     kind: str
     start: int = field(default=0, compare=False)
+    end: int = field(default=0, compare=False)
 
 
 Element = Noun | Mark | Predicate | Place
@@ -113,8 +114,9 @@ def _words(text: str, start: int, end: int) -> list[_Token]:
     while match := _TOKEN.search(text, start, end):
         start = match.start()
         word = " ".join(match.group().lower().split()) or match.group()
-        stop = embedding_at(text, start) if word == "embedding" else -1
-        stop = min(stop, end) if stop > start else match.end()
+        stop = match.end()
+        if word == "embedding" and (name_end := embedding_at(text, start)) > stop:
+            word, stop = "embedding:", name_end
         for part in CONTRACTIONS.get(word.replace("’", "'"), "").split() or [SEVERAL_WORDS.get(word, word)]:
             tokens.append(_Token(part, start, stop))
         start = stop
@@ -146,17 +148,18 @@ class _Scanner:
             words.pop()
         tokens = self._noun[:len(words)]
         determiners = tuple(token.word for token in self._determiners)
-        if tokens and not all(word.isdigit() for word in words):
+        if tokens and not all(word.isdigit() for word in words) and (determiners or not self._only_adjectives()):
             spelling = " ".join(self._text[token.start:token.end] for token in tokens)
             self.elements.append(Noun(spelling, tokens[0].start, tokens[-1].end, determiners, self._link))
             self._link = "new"
         elif determiners and not tokens and determiners[-1] in _PRONOUNS:
-            self.elements.append(Mark(_PRONOUNS[determiners[-1]], self._determiners[0].start))
+            last = self._determiners[-1]
+            self.elements.append(Mark(_PRONOUNS[last.word], last.start, last.end))
         self._noun, self._determiners = [], []
 
     def mark(self, token: _Token, kind: str, link: str = "free") -> None:
         self.close()
-        self.elements.append(Mark(kind, token.start))
+        self.elements.append(Mark(kind, token.start, token.end))
         if not (link == "preposition" and self._link == "beside"):  # "next to", "close to"
             self._link = link
 
@@ -178,7 +181,7 @@ class _Scanner:
             self.elements.append(found)
             self._keep_picture, self._link = self._keep_picture or isinstance(found, Predicate), "free"
         else:
-            self.elements.append(Mark("preposition", found.start))
+            self.elements.append(Mark("preposition", found.start, found.end))
             self._link = "beside"
 
     def _continues(self, word: str, following: str) -> bool:

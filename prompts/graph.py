@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .predicates import parse_predicate
+from .predicates import parse_predicate, speaks_of_places
 from .reading import read_triples
 from .relations import RELATIONS, Relation, RelationError, RelationGraph, phrase_key, split_occurrence
-from .text import first_alone, occurrences, plain_text
+from .text import first_alone, occurrences, plain_text, set_apart
 
 _ARTICLE = re.compile(r"(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
 _AN = re.compile(r"(?!uni|use|eu|one\b)[aeiou]|hour|honest", re.IGNORECASE)
@@ -77,7 +77,7 @@ def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) ->
 
     With explicit relations and an empty prompt, a prompt is written from them; the occurrences in its text then
     number phrases such as "dog#2". In a given prompt, "dog" beside "hot dog" means the first dog that is not the hot
-    one. Raises RelationError for an unreadable line and for contradictions.
+    one, and no quoted one. Raises RelationError for an unreadable line and for contradictions.
     """
     explicit = _same_spelling((*read_lines(lines), *map(_bare, extra)))
     if explicit and not prompt.strip():
@@ -102,6 +102,7 @@ def _number_in(prompt: str, relations: Sequence[Relation]) -> tuple[Relation, ..
     text = plain_text(prompt)
     phrases = RelationGraph(tuple(relations)).phrases
     spans = [span for phrase in phrases for span in occurrences(split_occurrence(phrase)[0], text)]
+    spans += set_apart(prompt, speaks_of_places)
     names = {}
     for phrase in phrases:
         number = first_alone(phrase, text, spans)

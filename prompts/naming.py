@@ -10,12 +10,13 @@ from .text import first_alone, occurrences
 class Names:
     """Gives each thing one name: its phrase, with "#n" where the phrase's first occurrence is another thing.
 
-    text: the prompt in which occurrences are counted, also inside quotations; nouns: all that will be named.
+    text: the prompt, in which all occurrences are counted. nouns: all that will be named. quoted: (start, end) of the
+    quotations and asides, in which no thing stands.
     """
 
-    def __init__(self, text: str, nouns: Sequence[Noun]):
+    def __init__(self, text: str, nouns: Sequence[Noun], quoted: Sequence[tuple[int, int]]):
         self._text = text
-        self._spans = list(dict.fromkeys((noun.start, noun.end) for noun in nouns))
+        self._spans = [*dict.fromkeys((noun.start, noun.end) for noun in nouns), *quoted]
         self._names: dict[str, list[str]] = {}
 
     def name(self, noun: Noun) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .clauses import Context, Segment, Unclear, find_subjects, head, is_frame, split
+from .clauses import Context, Unclear, find_subjects, head, is_frame, split
 from .elements import Element, Mark, Noun
 from .predicates import Place, Predicate
 from .relations import ABOVE, LEFT

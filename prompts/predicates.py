@@ -10,7 +10,7 @@ from .vocabulary import ALWAYS_FRAME, DETERMINERS, FRAME, JOINTS, PREPOSITIONS, 
 
 _GAP = r"[\s\-_]+"
 _ADVERB = rf"(?:(?:slightly|just|directly|also|immediately|diagonally|a{_GAP}bit|a{_GAP}little){_GAP})?"
-_SIDE = rf"(?:left|right)(?:{_GAP}hand)?(?:{_GAP}side)?"
+_SIDE = rf"(?:left|right)(?:(?:{_GAP}hand)?{_GAP}side)?"
 _FAR = rf"(?:(?:far|immediate|direct|very|extreme){_GAP})?"
 _TO_THE = rf"(?:to|on|at|towards?){_GAP}(?:the{_GAP})?{_FAR}"
 _TOWARDS_SIDE = rf"(?:{_TO_THE})?{_SIDE}"
@@ -50,14 +50,14 @@ _OTHER_USE_AFTER = re.compile(
     r"|each\s+other|one\s+another|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
 
 # How far: "two meters above", "10 cm below", "a bit to the left of".
-_NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred|half|half\s+an?"
-           r"|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
+_NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred|half"
+           r"|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
 _UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|feet|foot|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|steps?|paces?"
          r"|stor(?:ey|y|eys|ies)|floors?|blocks?|bit|little|lot|way|ways|distance|touch|tad|hair|bits)")
 _DISTANCE = re.compile(rf"(?:(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least)\s+)*"
                        rf"(?:\b{_NUMBER}\s*-?{_UNIT}|\bslightly|\bsomewhat)(?:\s+and\s+a\s+half)?"
                        rf"(?:\s+(?:away|further|farther|off|more|up|down))?(?:\s+and)?\s*$", re.IGNORECASE)
-_THING_BEFORE = re.compile(r"(?:^|[,.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
+_THING_BEFORE = re.compile(r"(?:^|[.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
 _REACH = 48  # characters before a predicate in which a distance is looked for
 
 _FRAMES = "|".join(sorted(FRAME | ALWAYS_FRAME))
@@ -65,7 +65,7 @@ _OF_FRAME = rf"(?:\s+of\s+(?:the|this|an?|our|my)\s+(?:\w{{1,20}}\s+)?(?:{_FRAME
 _PLACE = re.compile(
     rf"(?<![\w\-])(?:(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR}"
     rf"(?P<edge>(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right)|top|bottom|middle|cent(?:er|re))"
-    rf"(?:{_GAP}hand)?(?:{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
+    rf"(?:(?:{_GAP}hand)?{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
     rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'’]){_OF_FRAME}", re.IGNORECASE)
 _GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'’\-]|([\w'’]+))")
 _MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | {"that", "not", "has", "sitting", "standing"}
@@ -183,10 +183,14 @@ def find_all(text: str) -> list[Found]:
     """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
     unsteered = (Unsteered(match.start(), match.end(), bool(match["part"])) for match in _UNSTEERED.finditer(text))
     found: list[Found] = []
-    for one in sorted([*find_predicates(text), *find_places(text), *unsteered], key=lambda one: (one.start, -one.end)):
+    for one in sorted([*find_predicates(text), *find_places(text), *unsteered], key=_longest_first):
         if not found or one.start >= found[-1].end:
             found.append(one)
     return found
+
+
+def _longest_first(one: Found) -> tuple[int, int, int]:
+    return one.start, -one.end, (Place, Predicate, Unsteered).index(type(one))
 
 
 def speaks_of_places(text: str) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .clauses import (
-    NEGATED,
     NO_OBJECT,
     NO_SUBJECT,
     PRONOUNS,
@@ -28,11 +27,11 @@ from .clauses import (
 )
 from .elements import Element, Mark, Noun, scan
 from .naming import Names
-from .places import NOT_STEERED, Found, Placed, find_placed, is_ordinary, relate
 from .places import NO_OBJECT as NO_REFERENCE
+from .places import NOT_STEERED, Found, Placed, find_placed, is_ordinary, relate
 from .predicates import Place, Predicate, Unsteered, find_all, speaks_of_places
 from .relations import NotUnderstood
-from .text import plain_text, readable_text, sentences
+from .text import hide, plain_text, sentences, set_apart, without_embeddings
 from .vocabulary import AMBIENT, BODY
 
 Triple = tuple[str, tuple[str, ...], str]
@@ -57,13 +56,14 @@ class _Reader:
     objects: list[Noun] = field(default_factory=list)
     said: list[Noun] = field(default_factory=list)  # the things of the sentence so far
     before: list[Noun] = field(default_factory=list)  # those of the sentence before
+    meant: list[Noun] = field(default_factory=list)  # what the last "it" of the sentence stood for
 
     def read_sentence(self, elements: Sequence[Element]) -> None:
         self.placed += find_placed(elements, Context(True, self.subjects, (), self.before))
         elements = [element for element in elements if not isinstance(element, Place)]
         cuts = [index for index, element in enumerate(elements) if isinstance(element, Predicate)]
         parts = [list(elements[start + 1:end]) for start, end in zip([-1, *cuts], [*cuts, len(elements)], strict=True)]
-        self.objects, self.said, before = [], [], parts[0]
+        self.objects, self.said, self.meant, before = [], [], [], parts[0]
         waiting: list[Predicate] = []  # "above and below a cat": relations that share subject and object
         opening = True
         for number, cut in enumerate(cuts, 1):
@@ -114,7 +114,10 @@ class _Reader:
             has_verb = bool(kinds_of(clause.elements) & {"is", "are"})
             return subjects, after[:1] if inverted is not None else find_objects(after, has_verb, is_last), rest
         owner = things(split(before)[-2:-1]) if inverted is None and clause.joint == "with" and pronoun in ("it", "he") else []
-        return subjects, owner or meant_by(pronoun, self._named(subjects), subjects), rest
+        if pronoun == "it" and not owner:  # "a table with a cat below it and a lamp above it"
+            owner = [noun for noun in self.meant if noun not in subjects]
+        self.meant = owner or meant_by(pronoun, self._named(subjects), subjects)
+        return subjects, self.meant, rest
 
     def _named(self, subjects: Sequence[Noun]) -> list[Noun]:
         """What a pronoun may stand for: things of this sentence, or else of the one before."""
@@ -125,7 +128,8 @@ class _Reader:
     def _note(self, predicates: Sequence[Predicate], before: Sequence[Element], after: Sequence[Element], reason: str) -> None:
         clause = split(before)[-1].elements
         start = min([element.start for element in clause if element.start] + [predicates[0].start])
-        end = after[0].end if after and isinstance(after[0], Noun) else predicates[-1].end
+        names_one = after and (isinstance(after[0], Noun) or after[0].kind in (*PRONOUNS, "unclear"))
+        end = max(predicates[-1].end, after[0].end if names_one else 0)
         setting = after and isinstance(after[0], Noun) and _is_setting(predicates[-1], after[0])
         idle = reason == NO_SUBJECT and _COVERS.fullmatch(predicates[-1].words) and not (
             after and isinstance(after[0], Noun) and after[0].determiners)
@@ -174,8 +178,9 @@ def _is_setting(predicate: Predicate, thing: Noun) -> bool:
 
 def read_triples(prompt: str) -> tuple[list[Triple], list[NotUnderstood]]:
     """(subject, canonical predicates, object) of each relation in order, and what was not understood."""
-    text = readable_text(prompt, speaks_of_places)
-    found = find_all(text)
+    plain, apart = plain_text(prompt), set_apart(prompt, speaks_of_places)
+    text = hide(plain, apart)
+    found = find_all(without_embeddings(text))
     reader = _Reader(prompt)
     for start, end in sentences(text):
         here = [one for one in found if start <= one.start < end]
@@ -185,7 +190,7 @@ def read_triples(prompt: str) -> tuple[list[Triple], list[NotUnderstood]]:
             if isinstance(one, Unsteered):
                 reader.note_unsteered(one, elements)
     reader.relate_places()
-    names = Names(plain_text(prompt), [noun for subject, _, thing in reader.found for noun in (subject, thing)])
+    names = Names(plain, [noun for subject, _, thing in reader.found for noun in (subject, thing)], apart)
     triples = [(names.name(subject), predicate, names.name(thing)) for subject, predicate, thing in reader.found]
     notes = [note for _, note in sorted(reader.not_understood, key=lambda note: note[0])]
     return list(dict.fromkeys(triples)), list(dict.fromkeys(notes))

@@ -29,8 +29,8 @@ def plain_text(prompt: str) -> str:
     return re.sub(r"[()\[\]{}]", " ", text)
 
 
-def readable_text(prompt: str, speaks_of_places: Callable[[str], bool]) -> str:
-    r"""`plain_text` without what is no part of the sentence: "dog \(animal\)", `a sign saying "left"`; same length.
+def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tuple[int, int]]:
+    r"""(start, end) of what is no part of the sentence: "dog \(animal\)", `a sign saying "left"`.
 
     speaks_of_places: tells whether words hold a relation or a place. An aside that does is read.
     """
@@ -42,9 +42,21 @@ def readable_text(prompt: str, speaks_of_places: Callable[[str], bool]) -> str:
         names = word is not None and word.group(1).lower() not in _OPEN  # a neon sign "left of center"
         if _SAID.search(before) or names and speaks_of_places(inside):
             hidden.append(match.span())
-    for start, end in hidden:
-        text = text[:start] + HIDDEN * (end - start) + text[end:]
-    return text
+    return hidden
+
+
+def hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    """The text with the spans hidden; same length."""
+    pieces, done = [], 0
+    for start, end in sorted(spans):
+        pieces += [text[done:start], HIDDEN * (end - max(start, done))]
+        done = max(done, end)
+    return "".join([*pieces, text[done:]])
+
+
+def without_embeddings(text: str) -> str:
+    """The text with the names of embeddings hidden; same length. Their words are no words of the prompt."""
+    return _EMBEDDING.sub(lambda name: HIDDEN * len(name.group()), text) if ":" in text else text
 
 
 def _blank(match: re.Match) -> str:
@@ -78,8 +90,8 @@ def occurrences(words: str, text: str) -> list[tuple[int, int]]:
 
     The name of an embedding is no word of the prompt: "dog" does not stand in "embedding:dog".
     """
-    if "embedding:" not in words.lower() and ":" in text:
-        text = _EMBEDDING.sub(lambda name: HIDDEN * len(name.group()), text)
+    if "embedding:" not in words.lower():
+        text = without_embeddings(text)
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
 

@@ -42,11 +42,11 @@ VERBS = {word: kind for kind, words in {
 }.items() for word in words}
 OTHER_VERBS = _set(
     "has have had having can could should must will would may might do does sit lie hover stay stays remain remains "
-    "appear appears seem seems looks goes holds wears watches eats runs walks jumps plays")
+    "appear appears seem seems say says reads looks goes holds wears watches eats runs walks jumps plays")
 PARTICIPLES = _set(
     "placed located positioned situated seated seen shown stacked hung perched parked laid mounted set made "
     "surrounded covered painted drawn rendered photographed taken left right dressed hidden buried suspended crouched "
-    "curled tucked")
+    "curled tucked titled called named labeled labelled captioned")
 PREDICATIVE = _set("asleep awake alone barefoot visible")  # adjectives that follow their noun: "a woman, alone under a tree"
 PLURAL_VERBS = _set("stand fly rest float hang sit lie sleep hover look hold wear watch eat run walk jump play set")
 POSITION_VERBS = _set("stand fly rest float hang sit lie sleep hover")
