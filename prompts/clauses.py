@@ -197,7 +197,8 @@ def _is_negated(elements: Sequence[Element]) -> bool:
 def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Context) -> list[Noun]:
     """The subjects where the clause itself names none: "a woman, sitting under", "It is above", "and above"."""
     kinds = clause.kinds
-    here = things(earlier) if context.opening else []
+    has_verb = bool(kinds & {"is", "are"})
+    here = things(earlier if context.opening else earlier[1:] if has_verb and clause.joint == "comma" else [])
     if "unclear" in kinds:
         raise Unclear(NO_SUBJECT)
     if kinds & {"they", "both"}:
@@ -267,7 +268,7 @@ def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> lis
         while joints < len(after) and after[joints] in (Mark("and"), Mark("comma")):
             joints += 1
         if joints == index or joints == len(after) or not isinstance(after[joints], Noun) \
-                or bool(after[joints].determiners) != bool(first.determiners):
+                or bool(after[joints].determiners) != bool(first.determiners) or _begins_clause(after[joints + 1:]):
             break
         follows = after[joints + 1] if joints + 1 < len(after) else None
         ends = is_last if follows is None else isinstance(follows, Mark) and follows.kind in _BOUNDARIES
@@ -277,6 +278,11 @@ def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> lis
         objects.append(after[joints])
         index = joints + 1
     return objects if has_and else [first]
+
+
+def _begins_clause(rest: Sequence[Element]) -> bool:
+    """True where the phrase before `rest` has a verb of its own: "above a cat, and a bird, which is red, is ..."."""
+    return bool(kinds_of(rest) & {"is", "are"}) and Mark("and") not in rest and not nouns_of(rest)
 
 
 def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
@@ -316,8 +322,9 @@ def inverted_subject(clause: Segment, after: Sequence[Element], opening: bool) -
     index = 1
     while index < len(after) and after[index] in (Mark("comma"), Mark("is"), Mark("are")):
         index += 1
-    if index == 1 or index == len(after) or not isinstance(after[index], Noun):
+    if index == len(after) or not isinstance(after[index], Noun):
         return None
     has_verb = bool(kinds_of(after[1:index]) & {"is", "are"})
-    comma_will_do = opening and not clause.joint and bool(after[index].determiners)
-    return index if has_verb or comma_will_do else None
+    pronoun = isinstance(after[0], Mark)  # "and to its right a dog"
+    without_verb = bool(after[index].determiners) and (pronoun or opening and not clause.joint and index > 1)
+    return index if has_verb or without_verb else None

@@ -166,6 +166,9 @@ class _Scanner:
     def read(self, token: _Token, following: str) -> None:
         if token.found is not None:
             self._find(token.found)
+        elif token.word in ("one", "ones") and (self._only_adjectives() or self._determiners) and _ends_phrase(following):
+            self._noun, self._determiners = [], []  # "the brown one"
+            self.mark(token, "unclear")
         elif self._noun and self._continues(token.word, following):
             self._noun.append(token)
         elif not self._joins(token, following):

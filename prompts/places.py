@@ -33,7 +33,8 @@ def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
     for index, element in enumerate(elements):
         if isinstance(element, Place):
             earlier = elements[start:index]
-            following = _phrase_after(elements[index + 1:], first=not any(isinstance(e, Noun) for e in elements[:index]))
+            heads = element.heads or not any(isinstance(one, Noun) for one in elements[:index])
+            following = _phrase_after(elements[index + 1:], heads)
             if following is not None and head(split(earlier)[-1]) is None:
                 placed.append(Placed(element, (following,)))
             else:
@@ -44,11 +45,11 @@ def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
     return placed
 
 
-def _phrase_after(elements: Sequence[Element], first: bool) -> Noun | None:
-    """The phrase of "on the left is a dog", "on the left a dog" and, in the beginning, "on the left, a dog"."""
+def _phrase_after(elements: Sequence[Element], after_comma: bool) -> Noun | None:
+    """The phrase of "on the left is a dog", "on the left a dog" and, where a comma may stand, "on the left, a dog"."""
     index = 0
     while index < len(elements) and isinstance(elements[index], Mark) \
-            and (elements[index].kind in ("is", "are", "verb") or first and elements[index].kind == "comma"):
+            and (elements[index].kind in ("is", "are", "verb") or after_comma and elements[index].kind == "comma"):
         index += 1
     return elements[index] if index < len(elements) and isinstance(elements[index], Noun) else None
 

@@ -45,32 +45,34 @@ _IDIOMS = re.compile(
     r"\b(?:(?:game|voice|cross|heads?|all)\s+over|so\s+below|(?:what|nothing|(?<!a )little|much|all|anything)"
     r"(?:['’]s|\s+that\s+is|\s+is|\s+was|\s+remains)?\s+left\s+of)\b", re.IGNORECASE)
 _OTHER_USE_AFTER = re.compile(
-    r"\s*(?:\d\d|[$€£]|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|the\s+age|construction"
-    r"|control|pressure|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell"
-    r"|each\s+other|one\s+another|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
+    r"\s*(?:\d\d|[$€£]|[a-z]{3,6}\s+(?:feet|foot|inch(?:es)?|met(?:er|re)s|years|pounds|percent|hours|minutes)\b"
+    r"|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|the\s+age|construction|control|pressure"
+    r"|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell|each\s+other"
+    r"|one\s+another|history|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
 
 # How far: "two meters above", "10 cm below", "a bit to the left of".
-_NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred|half"
-           r"|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
-_UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|feet|foot|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|steps?|paces?"
-         r"|stor(?:ey|y|eys|ies)|floors?|blocks?|bit|little|lot|way|ways|distance|touch|tad|hair|bits)")
+_NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred"
+           r"|half|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
+_UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?|distance"
+         r"|touch|tad|bits|hair['’]s\s+(?:breadth|width)|(?P<thing>feet|foot|steps?|paces?|stor(?:ey|y|eys|ies)|floors?|blocks?))")
 _DISTANCE = re.compile(rf"(?:(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least)\s+)*"
                        rf"(?:\b{_NUMBER}\s*-?{_UNIT}|\bslightly|\bsomewhat)(?:\s+and\s+a\s+half)?"
-                       rf"(?:\s+(?:away|further|farther|off|more|up|down))?(?:\s+and)?\s*$", re.IGNORECASE)
+                       rf"(?:\s+(?:away|further|farther|off|more|up|down|high))?(?:\s+and)?\s*$", re.IGNORECASE)
 _THING_BEFORE = re.compile(r"(?:^|[.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
 _REACH = 48  # characters before a predicate in which a distance is looked for
 
 _FRAMES = "|".join(sorted(FRAME | ALWAYS_FRAME))
 _OF_FRAME = rf"(?:\s+of\s+(?:the|this|an?|our|my)\s+(?:\w{{1,20}}\s+)?(?:{_FRAMES})\b)?"
 _PLACE = re.compile(
-    rf"(?<![\w\-])(?:(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR}"
+    rf"(?<![\w\-])(?:(?P<to>(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR})?"
     rf"(?P<edge>(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right)|top|bottom|middle|cent(?:er|re))"
     rf"(?:(?:{_GAP}hand)?{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
     rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'’]){_OF_FRAME}", re.IGNORECASE)
+_LABEL_BEFORE = re.compile(r"(?:^|[,.;:\n])\s*$")  # "left: a dog, right: a cat"
 _GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'’\-]|([\w'’]+))")
-_MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | {"that", "not", "has", "sitting", "standing"}
-_TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|star|driv|fly|bend|roll|slid|shift"
-                     r"|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
+_MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | {"that", "not", "has"}
+_TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|staring|stare|driv|fly|bend|roll"
+                     r"|slid|shift|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
 
 _UNSTEERED = re.compile(
     rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both){_GAP}sides?{_OF})"
@@ -94,7 +96,7 @@ class Place:
     """Words for a place in the picture at text[start:end].
 
     column: -1 left, 1 right; row: -1 top, 1 bottom; 0 for the middle, None where nothing is said.
-    bare: "above" or "below" without an object.
+    bare: "above", "below" or "on top" without an object. heads: what stands there follows ("on the left: a dog").
     """
 
     start: int
@@ -102,6 +104,7 @@ class Place:
     column: int | None
     row: int | None
     bare: bool = False
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def find_predicates(text: str) -> Iterator[Predicate]:
         other_use = match.end() in idioms or _OTHER_USE_BEFORE.search(before) or _OTHER_USE_AFTER.match(text, match.end())
         if not other_use:
             distance = _DISTANCE.search(before)
-            is_thing = distance and _THING_BEFORE.search(before[:distance.start()]) and match.start() > 0
+            is_thing = distance and distance["thing"] and _THING_BEFORE.search(before[:distance.start()])
             start = match.start() - (len(before) - distance.start() if distance and not is_thing else 0)
             words = match.group()
             yield Predicate(start, match.end(), _canonical(words), words, bool(re.fullmatch(_TO_ITS, words, re.IGNORECASE)))
@@ -170,13 +173,16 @@ def find_places(text: str) -> Iterator[Place]:
         before = text[max(0, match.start() - _REACH):match.start()]
         if follows is False or follows and follows not in _MAY_FOLLOW and not follows.endswith("ing") or _TURNED.search(before):
             continue
-        if match["bare"] and _OTHER_USE_BEFORE.search(before):
+        heads = text[match.end():].lstrip().startswith(":")
+        if match["bare"] and _OTHER_USE_BEFORE.search(before) or match["edge"] and not match["to"] and not (
+                heads and _LABEL_BEFORE.search(before)):
             continue
         edge = (match["edge"] or match["bare"]).lower()
         middle = 0 if edge.startswith(("m", "c")) else None
         row = -1 if _UP_WORD.search(edge) else 1 if _DOWN_WORD.search(edge) else middle
         column = -1 if "left" in edge else 1 if "right" in edge else middle
-        yield Place(match.start(), match.end(), column, row, bool(match["bare"]))
+        bare = bool(match["bare"]) or match.group().lower() == "on top"
+        yield Place(match.start(), match.end(), column, row, bare, heads)
 
 
 def find_all(text: str) -> list[Found]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .clauses import (
+    NEGATED,
     NO_OBJECT,
     NO_SUBJECT,
     PRONOUNS,
@@ -17,6 +18,7 @@ from .clauses import (
     belongs_to_owner,
     find_objects,
     find_subjects,
+    head,
     inverted_subject,
     is_frame,
     kinds_of,
@@ -85,7 +87,9 @@ class _Reader:
         try:
             subjects, objects, rest = self._sides(predicates[-1], before, after, opening, is_last)
         except Unclear as unclear:
-            self.subjects, self.objects = [], [noun for noun in after[:1] if isinstance(noun, Noun)]
+            named = [noun for noun in [head(split(before)[-1]), *things(split(before))[-1:]] if noun is not None]
+            self.subjects = named[:1] if str(unclear) == NEGATED else []
+            self.objects = [noun for noun in after[:1] if isinstance(noun, Noun)]
             self._note(predicates, before, after, str(unclear))
             return after
         self.subjects, self.objects = subjects, objects
@@ -144,7 +148,7 @@ class _Reader:
     def note_unsteered(self, one: Unsteered, elements: Sequence[Element]) -> None:
         """Tells of "next to a tree" where a thing follows."""
         noun = next((element for element in elements if isinstance(element, Noun) and element.start >= one.end), None)
-        if noun is not None and not is_frame(noun) and noun.last_word not in _IDLE \
+        if noun is not None and not is_frame(noun) and noun.last_word not in _IDLE | BODY \
                 and _only_determiners(self.prompt[one.end:noun.start]):
             self.note(one.start, noun.end, PART if one.is_part else OTHER_RELATION)
 

@@ -20,8 +20,9 @@ JOINTS = {word: kind for kind, words in {
     "and": _set("and plus & +"), "or": _set("or"), "with": _set("with"), "both": _set("both"), "clause": CLAUSE_WORDS,
     "relative": _set("which who whose whom"), "it": _set("it"), "he": _set("he she him"), "they": _set("they them"),
 }.items() for word in words}
-NEGATIONS = _set("not no never cannot without neither hardly")
-SEVERAL_WORDS = {"rather than": "not", "instead of": "not", "as opposed to": "not", "no longer": "not", "as well as": "and",
+NEGATIONS = _set("not no never cannot without neither hardly except excluding")
+SEVERAL_WORDS = {"rather than": "not", "instead of": "not", "as opposed to": "not", "no longer": "not",
+                 "anything but": "not", "everything but": "not", "as well as": "and",
                  "together with": "with", "along with": "with", "both of": "both"}
 CONTRACTIONS = {"that's": "that is", "who's": "who is", "which's": "which is", "it's": "it is", "he's": "he is",
                 "she's": "she is", "there's": "there is", "here's": "here is", "they're": "they are",
@@ -63,8 +64,8 @@ LY_NOUNS = _set("butterfly family lily jelly fly belly assembly dragonfly firefl
 ING_NOUNS = _set("ring king string wing building painting swing ceiling earring clothing wedding thing sibling duckling "
                  "pudding dumpling drawing sling railing icing awning spring bling herring landing evening morning "
                  "lightning offspring being stocking")
-ING_ATTRIBUTES = _set("dining parking swimming washing sewing rocking sleeping cutting baking frying shopping boxing "
-                      "vending ironing fishing skating hiking training")
+ING_ATTRIBUTES = _set("dining parking washing sewing rocking cutting baking frying shopping boxing "
+                      "vending ironing")
 
 # --- kinds of things
 PICTURES = _set(
@@ -73,7 +74,7 @@ PICTURES = _set(
     "poster collage engraving etching mosaic model")
 FRAME = _set("image picture photo photograph frame canvas page shot screen")
 ALWAYS_FRAME = _set("scene composition viewer camera foreground background backdrop")
-AMBIENT = _set("sea ocean water sun moon moonlight starlight sunlight sunshine sky skies rain snow stars light lights "
+AMBIENT = _set("surface sea ocean water sun moon moonlight starlight sunlight sunshine sky skies rain snow stars light lights "
                "lighting night clouds")
 SCENES = AMBIENT | _set(
     "garden park room kitchen bedroom bathroom office studio street road city town village forest woods field meadow "
