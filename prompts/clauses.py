@@ -13,119 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .elements import Element, Mark, Noun, is_plural
-from .vocabulary import (
-    ALWAYS_FRAME,
-    ANIMALS,
-    ATTRIBUTES,
-    FRAME,
-    NUMBERS,
-    PEOPLE,
-    PICTURES,
-    POSSESSIVES,
-    QUALITY,
-    SCENES,
-)
+from .elements import Element, Mark, Noun
+from .pronouns import PRONOUNS, Unclear, is_many, listed, meant_by
+from .segments import BOUNDARIES, Segment, head, is_alive, is_person, is_thing, kinds_of, nouns_of, split, things
+from .vocabulary import ATTRIBUTES, SCENES
 
-_BOUNDARIES = ("and", "or", "comma", "newline", "clause", "with")
-_INSERTS = ("verb", "relative", "preposition", "not", "both")  # what begins ", wearing a hat," and ", which is red,"
-PRONOUNS = ("it", "he", "they", "both", "former", "latter")
 NEGATED = "it is negated, and nothing is steered away from a relation"
 CHOICE = "\"or\" leaves open what is meant"
 NO_SUBJECT = "it does not say what stands there"
 NO_OBJECT = "it does not say of what"
-
-
-class Unclear(ValueError):
-    """A relation cannot be read without a guess; the message says why."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a sentence without a joint in it; `joint` is the mark before it, "" for the first."""
-
-    joint: str
-    elements: tuple[Element, ...]
-
-    @property
-    def kinds(self) -> set[str]:
-        return kinds_of(self.elements)
-
-
-def nouns_of(elements: Sequence[Element]) -> list[Noun]:
-    """The noun phrases, without negated ones ("not a cat")."""
-    return [element for index, element in enumerate(elements) if isinstance(element, Noun)
-            and not (index and elements[index - 1] == Mark("not"))]
-
-
-def kinds_of(elements: Sequence[Element]) -> set[str]:
-    return {element.kind for element in elements if isinstance(element, Mark)}
-
-
-def split(elements: Sequence[Element]) -> list[Segment]:
-    """The segments between joints. "with a hat" joins nothing: it tells more of a thing."""
-    segments, joint, start = [], "", 0
-    for index, element in enumerate(elements):
-        if isinstance(element, Mark) and element.kind in _BOUNDARIES and not _describes(elements[index:index + 2]):
-            segments.append(Segment(joint, tuple(elements[start:index])))
-            joint, start = element.kind, index + 1
-    return [*segments, Segment(joint, tuple(elements[start:]))]
-
-
-def _describes(pair: Sequence[Element]) -> bool:
-    return pair[0] == Mark("with") and isinstance(pair[-1], Noun) and pair[-1].last_word in ATTRIBUTES
-
-
-def is_frame(noun: Noun) -> bool:
-    """True for the picture itself: "the image", "a white background"."""
-    return noun.last_word in ALWAYS_FRAME or noun.last_word in FRAME and not {"a", "an", "another"} & set(noun.determiners)
-
-
-def is_person(noun: Noun) -> bool:
-    return noun.last_word.lstrip("0123456789") in PEOPLE
-
-
-def is_many(noun: Noun) -> bool:
-    numbers = NUMBERS - {"one"} | {"these", "those", "several", "many", "few"}
-    return is_plural(noun.last_word) or bool(numbers & set(noun.determiners))
-
-
-def _is_alive(noun: Noun) -> bool:
-    return is_person(noun) or noun.last_word in ANIMALS
-
-
-def _is_thing(noun: Noun) -> bool:
-    """True for what a relation may be said of though other words stand between."""
-    last = noun.last_word
-    return not (is_frame(noun) or last in ATTRIBUTES or last in QUALITY or last in PICTURES and not noun.determiners)
-
-
-def head(segment: Segment) -> Noun | None:
-    """What a relation right behind the segment is said of: "a garden a dog", "a dog next to a tree" speak of the last.
-
-    None where all phrases hang on something before them ("sitting on a chair").
-    """
-    nouns = nouns_of(segment.elements)
-    independent = [noun for noun in nouns if noun.link in ("beside", "new")]
-    free = [noun for noun in nouns if noun.link == "free"]
-    return (independent[-1:] or free[:1] or [None])[0]
-
-
-def things(segments: Sequence[Segment]) -> list[Noun]:
-    """The things that the segments are about, without what these wear, hold or stand in."""
-    found: list[Noun] = []
-    for index, segment in enumerate(segments):
-        first = segment.elements[0] if segment.elements else None
-        after_comma = index > 0 and segments[index - 1].joint == "comma" and not segments[index - 1].elements
-        insert = isinstance(first, Mark) and first.kind in _INSERTS or segment.joint == "with"
-        noun = next((noun for noun in nouns_of(segment.elements) if noun.link in ("free", "new")), None)
-        if noun is None or not _is_thing(noun):
-            continue
-        if segment.joint == "with" and found and found[-1].last_word in SCENES:
-            found[-1] = noun  # "a garden with a dog"
-        elif not (insert and found) or segment.joint == "with" and _is_alive(noun) and not after_comma:
-            found.append(noun)
-    return found
 
 
 def _one_of(candidates: Sequence[Noun], joined: bool) -> list[Noun]:
@@ -140,21 +36,19 @@ def _one_of(candidates: Sequence[Noun], joined: bool) -> list[Noun]:
     raise Unclear(f"it may be said of {listed(candidates)}")
 
 
-def listed(nouns: Sequence[Noun]) -> str:
-    return " or ".join(f"\"{noun.words}\"" for noun in nouns[:4])
-
-
 @dataclass(frozen=True)
 class Context:
     """What was said before: the subjects of the last relation, its objects, the things of the last sentence.
 
     opening: no relation stands before in this sentence.
+    awaiting: subjects of this sentence that have no verb yet: "the lamp above the table is ...".
     """
 
     opening: bool
     subjects: Sequence[Noun] = ()
     objects: Sequence[Noun] = ()
     before: Sequence[Noun] = ()
+    awaiting: Sequence[Noun] = ()
 
 
 def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: bool = False) -> list[Noun]:
@@ -169,9 +63,14 @@ def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: boo
     noun = head(clause)
     if Mark("not") in clause.elements and (noun is None or _is_negated(clause.elements)):
         raise Unclear(NEGATED)
+    if of_pronoun and isinstance(clause.elements[-1:][0] if clause.elements else None, Noun) \
+            and clause.elements[-1].link == "verb" and is_thing(clause.elements[-1]):
+        return [clause.elements[-1]]  # "a man holding an umbrella above his head"
     if noun is None:
         return _subjects_before(clause, earlier, context)
-    if clause.joint == "or" and earlier and nouns_of(earlier[-1].elements):
+    if context.awaiting and noun is elements[0] and has_verb(clause) and not clause.joint:
+        return list(context.awaiting)
+    if clause.joint == "or" and any(nouns_of(segment.elements) for segment in earlier):
         raise Unclear(CHOICE)
     if clause.joint == "and" and _may_be_worn(noun, earlier[-1]):
         raise Unclear(f"it may be said of {listed([*nouns_of(earlier[-1].elements)[:1], noun])}")
@@ -188,6 +87,11 @@ def _may_be_worn(noun: Noun, before: Segment) -> bool:
     return noun.last_word in ATTRIBUTES and len(nouns) > 1 and nouns[-1].last_word in ATTRIBUTES and "with" in before.kinds
 
 
+def has_verb(clause: Segment) -> bool:
+    """True for a clause with "is", "are", "sits" of its own: not "which is"."""
+    return bool(clause.kinds & {"is", "are"}) and "relative" not in clause.kinds
+
+
 def _is_negated(elements: Sequence[Element]) -> bool:
     """True where "not" belongs to the relation: no phrase follows it."""
     return any(element == Mark("not") and not (index + 1 < len(elements) and isinstance(elements[index + 1], Noun))
@@ -197,8 +101,8 @@ def _is_negated(elements: Sequence[Element]) -> bool:
 def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Context) -> list[Noun]:
     """The subjects where the clause itself names none: "a woman, sitting under", "It is above", "and above"."""
     kinds = clause.kinds
-    has_verb = bool(kinds & {"is", "are"})
-    here = things(earlier if context.opening else earlier[1:] if has_verb and clause.joint == "comma" else [])
+    resumes = has_verb(clause) and clause.joint == "comma"  # "..., and a bird, which is blue, is"
+    here = things(earlier if context.opening else earlier[1:] if resumes else [])
     if "unclear" in kinds:
         raise Unclear(NO_SUBJECT)
     if kinds & {"they", "both"}:
@@ -206,6 +110,10 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
         if len(found) < 2 and not (found and is_many(found[0])):
             raise Unclear("nothing before it says who is meant")
         return found
+    if resumes and context.awaiting and not here:
+        return list(context.awaiting)
+    if kinds & {"former", "latter"}:
+        return meant_by("former" if "former" in kinds else "latter", here or context.before, ())
     if "relative" in kinds:
         return here[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
     if clause.joint == "or":
@@ -225,11 +133,11 @@ def _none() -> list[Noun]:
 def _owner_or_owned(noun: Noun, earlier: Sequence[Segment], opening: bool) -> Noun:
     """Who "A with B above C" is said of: A or B."""
     owner = head(earlier[-1])
-    if owner is None or owner.last_word in SCENES or not _is_thing(owner):
+    if owner is None or owner.last_word in SCENES or not is_thing(owner):
         return noun
-    if not _is_alive(noun):
+    if not is_alive(noun):
         return owner
-    if opening and _is_alive(owner):
+    if opening and is_alive(owner):
         raise Unclear(f"it may be said of {listed([owner, noun])}")
     return noun
 
@@ -271,7 +179,7 @@ def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> lis
                 or bool(after[joints].determiners) != bool(first.determiners) or _begins_clause(after[joints + 1:]):
             break
         follows = after[joints + 1] if joints + 1 < len(after) else None
-        ends = is_last if follows is None else isinstance(follows, Mark) and follows.kind in _BOUNDARIES
+        ends = is_last if follows is None else isinstance(follows, Mark) and follows.kind in BOUNDARIES
         if not ends or has_and:
             break
         has_and = Mark("and") in after[index:joints]
@@ -283,34 +191,6 @@ def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> lis
 def _begins_clause(rest: Sequence[Element]) -> bool:
     """True where the phrase before `rest` has a verb of its own: "above a cat, and a bird, which is red, is ..."."""
     return bool(kinds_of(rest) & {"is", "are"}) and Mark("and") not in rest and not nouns_of(rest)
-
-
-def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
-    """The things that a pronoun after a relation stands for, out of those that were named. Raises Unclear."""
-    distinct = {noun.words.lower(): noun for noun in candidates
-                if noun.words.lower() not in {subject.words.lower() for subject in subjects}}
-    named = list(distinct.values())
-    if pronoun in ("both", "former", "latter"):
-        if len(named) != 2:
-            raise Unclear(f"\"{pronoun}\" needs two things before it")
-        return named if pronoun == "both" else [named[0 if pronoun == "former" else 1]]
-    if pronoun == "they":
-        many = [noun for noun in named if is_many(noun)]
-        if len(named) == 1 and many or len(named) > 1 and not many:
-            return named
-    else:
-        people = [noun for noun in named if is_person(noun)]
-        fitting = people if pronoun == "he" else [noun for noun in named if noun not in people]
-        single = [noun for noun in fitting or named if not is_many(noun)]
-        if len(single) == 1:
-            return single
-        named = single
-    raise Unclear(f"the pronoun may mean {listed(named)}" if len(named) > 1 else "nothing before it is meant by the pronoun")
-
-
-def belongs_to_owner(elements: Sequence[Element]) -> bool:
-    """True for "his head": something of what was named before."""
-    return bool(elements) and isinstance(elements[0], Noun) and bool(POSSESSIVES & set(elements[0].determiners))
 
 
 def inverted_subject(clause: Segment, after: Sequence[Element], opening: bool) -> int | None:

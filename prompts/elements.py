@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .predicates import Found, Place, Predicate
+from .predicates import Found, Order, Place, Predicate
 from .text import HIDDEN, embedding_at
 from .vocabulary import (
     ADJECTIVES,
@@ -22,6 +22,8 @@ from .vocabulary import (
     LATE_ADVERBS,
     LY_NOUNS,
     NEGATIONS,
+    NUMBERS,
+    ORDINALS,
     OTHER_VERBS,
     PARTICIPLES,
     PICTURES,
@@ -64,7 +66,7 @@ class Mark:
     end: int = field(default=0, compare=False)
 
 
-Element = Noun | Mark | Predicate | Place
+Element = Noun | Mark | Predicate | Place | Order
 
 _PUNCTUATION = r"!-/:-@\[-^`{-~\u00a1-\u00bf\u2010-\u205e\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
 _WORD = rf"[^\s{HIDDEN}{_PUNCTUATION}]+"
@@ -73,8 +75,8 @@ _TOKEN = re.compile(rf"\b(?:{_SEVERAL})\b|{_WORD}(?:['’\-]{_WORD})*|\n+|{HIDDE
 _IS_PUNCTUATION = re.compile(rf"[{_PUNCTUATION}\n]+")
 _QUOTES = "\"'`“”„‘’«»"
 _FOUND = "\ue000"  # stands for the words of a relation or place
-_PRONOUNS = {"this": "it", "that": "it", "her": "he", "these": "they", "those": "they", "another": "unclear",
-             "other": "unclear", "each": "unclear", "some": "unclear"}
+_PRONOUNS = {"this": "it", "that": "it", "her": "he", "these": "they", "those": "they"} | {
+    word: "unclear" for word in NUMBERS | ORDINALS | {"each", "some", "several", "many", "few"}}
 """Determiners that are pronouns where no noun follows: "above her"."""
 
 
@@ -180,7 +182,7 @@ class _Scanner:
             self._noun[-1] = _Token(last.word[:-2], last.start, last.end - 2)
             self.mark(last, "is")
         self.close()
-        if isinstance(found, Predicate | Place):
+        if isinstance(found, Predicate | Place | Order):
             self.elements.append(found)
             self._keep_picture, self._link = self._keep_picture or isinstance(found, Predicate), "free"
         else:

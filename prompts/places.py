@@ -1,13 +1,15 @@
 """Places in the picture: what stands where, and the relations between things on opposite sides."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .clauses import Context, Unclear, find_subjects, head, is_frame, split
+from .clauses import Context, find_subjects
 from .elements import Element, Mark, Noun
-from .predicates import Place, Predicate
+from .predicates import Order, Place, Predicate
+from .pronouns import Unclear
 from .relations import ABOVE, LEFT
+from .segments import head, is_frame, nouns_of, split, things
 from .vocabulary import SCENES
 
 NOT_STEERED = "absolute places are not steered yet; say where one thing stands from another"
@@ -35,8 +37,11 @@ def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
             earlier = elements[start:index]
             heads = element.heads or not any(isinstance(one, Noun) for one in elements[:index])
             following = _phrase_after(elements[index + 1:], heads)
-            if following is not None and head(split(earlier)[-1]) is None:
+            segments = split(earlier)
+            if following is not None and head(segments[-1]) is None:
                 placed.append(Placed(element, (following,)))
+            elif start and len(segments) == 1 and head(segments[0]) is None and nouns_of(earlier):
+                placed.append(Placed(element, (nouns_of(earlier)[-1],)))  # "on the left, facing a cat on the right"
             else:
                 placed.append(Placed(element, *_subjects(earlier, placed, context, element.bare)))
         if isinstance(element, Place | Predicate):
@@ -69,10 +74,14 @@ def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
     found: dict[tuple[int, int], tuple[Noun, list[str], Noun]] = {}
     used: set[int] = set()
     for rank_of, name in ((lambda place: place.row, ABOVE), (lambda place: place.column, LEFT)):
-        for first, second in _neighbours(placed, rank_of):
-            used |= {first, second}
-            for one in placed[first].things:
-                for other in placed[second].things:
+        for faint in (False, True):
+            alike = {index: rank_of(one.place) for index, one in enumerate(placed)
+                     if one.things and one.place.faint == faint and rank_of(one.place) is not None}
+            for first, second in _neighbours(alike):
+                pairs = [(one, other) for one in placed[first].things for other in placed[second].things
+                         if one.words.lower() != other.words.lower() or "another" in other.determiners]
+                used |= {first, second} if pairs else set()
+                for one, other in pairs:
                     _add(found, one, name, other)
     relations = [(one, tuple(names), other) for one, names, other in found.values()]
     rest = []
@@ -95,13 +104,11 @@ def _add(found: dict, one: Noun, name: str, other: Noun) -> None:
         found[one.start, other.start] = (one, [name], other)
 
 
-def _neighbours(placed: Sequence[Placed], rank_of: Callable[[Place], int | None]) -> list[tuple[int, int]]:
+def _neighbours(rank_of: Mapping[int, int]) -> list[tuple[int, int]]:
     """Pairs of indices (lower rank, next rank), each with the nearest in the text; none where all have one rank."""
     ranks: dict[int, list[int]] = {}
-    for index, one in enumerate(placed):
-        rank = rank_of(one.place)
-        if rank is not None and one.things:
-            ranks.setdefault(rank, []).append(index)
+    for index, rank in rank_of.items():
+        ranks.setdefault(rank, []).append(index)
     order = sorted(ranks)
     pairs: dict[tuple[int, int], None] = {}
     for low, high in zip(order, order[1:], strict=False):
@@ -112,6 +119,17 @@ def _neighbours(placed: Sequence[Placed], rank_of: Callable[[Place], int | None]
     return sorted(pairs)
 
 
+def in_order(elements: Sequence[Element]) -> list[Found]:
+    """The relations of a list behind "from left to right:"; none where relations follow instead."""
+    for index, element in enumerate(elements):
+        if isinstance(element, Order):
+            listed = things(split(elements[index + 1:]))
+            if not any(isinstance(one, Predicate | Place | Order) for one in elements[index + 1:]):
+                return [(one, element.names, other) for one, other in zip(listed, listed[1:], strict=False)]
+    return []
+
+
 def is_ordinary(one: Placed) -> bool:
-    """True for "the sky above" and "a valley below", which ask for nothing."""
-    return one.place.bare and (not one.things or any(thing.last_word in SCENES or is_frame(thing) for thing in one.things))
+    """True for "the sky above" and "a valley below", which ask for nothing, and "one cookie left"."""
+    scenery = not one.things or any(thing.last_word in SCENES or is_frame(thing) for thing in one.things)
+    return one.place.faint or one.place.bare and scenery

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .relations import RELATIONS, RelationError
-from .vocabulary import ALWAYS_FRAME, DETERMINERS, FRAME, JOINTS, PREPOSITIONS, VERBS
+from .vocabulary import ALWAYS_FRAME, DETERMINERS, FRAME, JOINTS, OTHER_VERBS, PREPOSITIONS, VERBS
 
 _GAP = r"[\s\-_]+"
 _ADVERB = rf"(?:(?:slightly|just|directly|also|immediately|diagonally|a{_GAP}bit|a{_GAP}little){_GAP})?"
@@ -53,8 +53,9 @@ _OTHER_USE_AFTER = re.compile(
 # How far: "two meters above", "10 cm below", "a bit to the left of".
 _NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred"
            r"|half|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
-_UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?|distance"
-         r"|touch|tad|bits|hair['’]s\s+(?:breadth|width)|(?P<thing>feet|foot|steps?|paces?|stor(?:ey|y|eys|ies)|floors?|blocks?))")
+_UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?"
+         r"|distance|touch|tad|bits|(?:hair|stone|arm|hand)['’]s\s+(?:breadth|width|throw|length)|(?P<thing>feet|foot|steps?|paces?"
+         r"|stor(?:ey|y|eys|ies)|floors?|blocks?))")
 _DISTANCE = re.compile(rf"(?:(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least)\s+)*"
                        rf"(?:\b{_NUMBER}\s*-?{_UNIT}|\bslightly|\bsomewhat)(?:\s+and\s+a\s+half)?"
                        rf"(?:\s+(?:away|further|farther|off|more|up|down|high))?(?:\s+and)?\s*$", re.IGNORECASE)
@@ -69,13 +70,16 @@ _PLACE = re.compile(
     rf"(?:(?:{_GAP}hand)?{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
     rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'’]){_OF_FRAME}", re.IGNORECASE)
 _LABEL_BEFORE = re.compile(r"(?:^|[,.;:\n])\s*$")  # "left: a dog, right: a cat"
+_COLON, _ENDS = re.compile(r"\s*:"), re.compile(r"\s*(?:$|[,.;\n]|and\b)")
 _GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'’\-]|([\w'’]+))")
-_MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | {"that", "not", "has"}
+_MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | OTHER_VERBS | {"that", "not"}
 _TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|staring|stare|driv|fly|bend|roll"
                      r"|slid|shift|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
 
+_ORDER = re.compile(r"(?<![\w\-])(?:from\s+)?(?:the\s+)?(?P<first>left|right|top|bottom)\s+to\s+(?:the\s+)?"
+                    r"(?:left|right|top|bottom)(?![\w\-])", re.IGNORECASE)
 _UNSTEERED = re.compile(
-    rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both){_GAP}sides?{_OF})"
+    rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both|each|every){_GAP}sides?{_OF})"
     rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
     rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF}))(?![\w\-'’])", re.IGNORECASE)
 
@@ -97,6 +101,7 @@ class Place:
 
     column: -1 left, 1 right; row: -1 top, 1 bottom; 0 for the middle, None where nothing is said.
     bare: "above", "below" or "on top" without an object. heads: what stands there follows ("on the left: a dog").
+    faint: a single word, "dog left, cat right"; it may mean something else ("one cookie left").
     """
 
     start: int
@@ -105,6 +110,7 @@ class Place:
     row: int | None
     bare: bool = False
     heads: bool = False
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,16 @@ class Unsteered:
     is_part: bool
 
 
-Found = Predicate | Place | Unsteered
+@dataclass(frozen=True)
+class Order:
+    """Words at text[start:end] for the order of a list: "from left to right"; names: the relation of each to the next."""
+
+    start: int
+    end: int
+    names: tuple[str, ...]
+
+
+Found = Predicate | Place | Unsteered | Order
 
 
 def _canonical(words: str) -> tuple[str, ...]:
@@ -173,8 +188,10 @@ def find_places(text: str) -> Iterator[Place]:
         before = text[max(0, match.start() - _REACH):match.start()]
         if follows is False or follows and follows not in _MAY_FOLLOW and not follows.endswith("ing") or _TURNED.search(before):
             continue
-        heads = text[match.end():].lstrip().startswith(":")
-        if match["bare"] and _OTHER_USE_BEFORE.search(before) or match["edge"] and not match["to"] and not (
+        heads = bool(_COLON.match(text, match.end()))
+        single = bool(match["edge"]) and not match["to"]
+        faint = single and match.group().lower() in ("left", "right") and bool(_ENDS.match(text, match.end()))
+        if match["bare"] and _OTHER_USE_BEFORE.search(before) or single and not faint and not (
                 heads and _LABEL_BEFORE.search(before)):
             continue
         edge = (match["edge"] or match["bare"]).lower()
@@ -182,21 +199,26 @@ def find_places(text: str) -> Iterator[Place]:
         row = -1 if _UP_WORD.search(edge) else 1 if _DOWN_WORD.search(edge) else middle
         column = -1 if "left" in edge else 1 if "right" in edge else middle
         bare = bool(match["bare"]) or match.group().lower() == "on top"
-        yield Place(match.start(), match.end(), column, row, bare, heads)
+        yield Place(match.start(), match.end(), column, row, bare, heads, faint)
 
 
 def find_all(text: str) -> list[Found]:
     """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
     unsteered = (Unsteered(match.start(), match.end(), bool(match["part"])) for match in _UNSTEERED.finditer(text))
     found: list[Found] = []
-    for one in sorted([*find_predicates(text), *find_places(text), *unsteered], key=_longest_first):
+    orders = (Order(match.start(), match.end(), _order(match["first"].lower())) for match in _ORDER.finditer(text))
+    for one in sorted([*find_predicates(text), *find_places(text), *unsteered, *orders], key=_longest_first):
         if not found or one.start >= found[-1].end:
             found.append(one)
     return found
 
 
+def _order(first: str) -> tuple[str, ...]:
+    return {"top": ("above",), "bottom": ("below",)}.get(first) or (f"to the {first} of",)
+
+
 def _longest_first(one: Found) -> tuple[int, int, int]:
-    return one.start, -one.end, (Place, Predicate, Unsteered).index(type(one))
+    return one.start, -one.end, (Order, Place, Predicate, Unsteered).index(type(one))
 
 
 def speaks_of_places(text: str) -> bool:

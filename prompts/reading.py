@@ -12,27 +12,20 @@ from .clauses import (
     NEGATED,
     NO_OBJECT,
     NO_SUBJECT,
-    PRONOUNS,
     Context,
-    Unclear,
-    belongs_to_owner,
     find_objects,
     find_subjects,
-    head,
+    has_verb,
     inverted_subject,
-    is_frame,
-    kinds_of,
-    meant_by,
-    nouns_of,
-    split,
-    things,
 )
 from .elements import Element, Mark, Noun, scan
 from .naming import Names
 from .places import NO_OBJECT as NO_REFERENCE
-from .places import NOT_STEERED, Found, Placed, find_placed, is_ordinary, relate
-from .predicates import Place, Predicate, Unsteered, find_all, speaks_of_places
+from .places import NOT_STEERED, Found, Placed, find_placed, in_order, is_ordinary, relate
+from .predicates import Order, Place, Predicate, Unsteered, find_all, speaks_of_places
+from .pronouns import PRONOUNS, Unclear, belongs_to_owner, meant_by
 from .relations import NotUnderstood
+from .segments import head, is_frame, nouns_of, split, things
 from .text import hide, plain_text, sentences, set_apart, without_embeddings
 from .vocabulary import AMBIENT, BODY
 
@@ -56,16 +49,18 @@ class _Reader:
     not_understood: list[tuple[int, NotUnderstood]] = field(default_factory=list)
     subjects: list[Noun] = field(default_factory=list)
     objects: list[Noun] = field(default_factory=list)
+    awaiting: list[Noun] = field(default_factory=list)  # subjects without a verb yet
     said: list[Noun] = field(default_factory=list)  # the things of the sentence so far
     before: list[Noun] = field(default_factory=list)  # those of the sentence before
     meant: list[Noun] = field(default_factory=list)  # what the last "it" of the sentence stood for
 
     def read_sentence(self, elements: Sequence[Element]) -> None:
         self.placed += find_placed(elements, Context(True, self.subjects, (), self.before))
-        elements = [element for element in elements if not isinstance(element, Place)]
+        self.found += in_order(elements)
+        elements = [element for element in elements if not isinstance(element, Place | Order)]
         cuts = [index for index, element in enumerate(elements) if isinstance(element, Predicate)]
         parts = [list(elements[start + 1:end]) for start, end in zip([-1, *cuts], [*cuts, len(elements)], strict=True)]
-        self.objects, self.said, self.meant, before = [], [], [], parts[0]
+        self.objects, self.awaiting, self.said, self.meant, before = [], [], [], [], parts[0]
         waiting: list[Predicate] = []  # "above and below a cat": relations that share subject and object
         opening = True
         for number, cut in enumerate(cuts, 1):
@@ -92,6 +87,11 @@ class _Reader:
             self.objects = [noun for noun in after[:1] if isinstance(noun, Noun)]
             self._note(predicates, before, after, str(unclear))
             return after
+        clause = split(before)[-1]
+        if has_verb(clause):
+            self.awaiting = []
+        elif opening or clause.joint and "relative" not in clause.kinds:
+            self.awaiting = subjects
         self.subjects, self.objects = subjects, objects
         self.found += [(subject, predicate.names, thing) for predicate in predicates for subject in subjects
                        for thing in objects if not _is_setting(predicate, thing)]
@@ -112,11 +112,11 @@ class _Reader:
         if inverted is not None:
             subjects, rest = [after[inverted]], after[inverted:]
         else:
-            context = Context(opening, self.subjects, self.objects, self.before)
+            context = Context(opening, self.subjects, self.objects, self.before, self.awaiting)
             subjects, rest = find_subjects(before, context, bool(pronoun) or belongs_to_owner(after)), after
         if not pronoun:
-            has_verb = bool(kinds_of(clause.elements) & {"is", "are"})
-            return subjects, after[:1] if inverted is not None else find_objects(after, has_verb, is_last), rest
+            several = bool(clause.kinds & {"is", "are"})
+            return subjects, after[:1] if inverted is not None else find_objects(after, several, is_last), rest
         owner = things(split(before)[-2:-1]) if inverted is None and clause.joint == "with" and pronoun in ("it", "he") else []
         if pronoun == "it" and not owner:  # "a table with a cat below it and a lamp above it"
             owner = [noun for noun in self.meant if noun not in subjects]

@@ -18,6 +18,7 @@ _SAID = re.compile(r"\b(?:say|says|saying|said|read|reads|reading|text|words?|ti
                    r"|logo|title|print(?:ed)?|writes)\s*[:,]?\s*$", re.IGNORECASE)
 _LAST_WORD = re.compile(r"([^\W_][\w'’\-]*)\s*$")
 _SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
+_REACH = 40  # characters before a quotation that are looked at
 _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
 """Words after which a quotation is part of the sentence: `photo of "a dog"`."""
 
@@ -35,14 +36,20 @@ def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tupl
     speaks_of_places: tells whether words hold a relation or a place. An aside that does is read.
     """
     text = plain_text(prompt)
-    hidden = [match.span() for match in _ASIDE.finditer(prompt) if not speaks_of_places(plain_text(match.group(1)))]
+    hidden = [match.span() for match in _ASIDE.finditer(prompt)
+              if _follows_name(text, match.start()) and not speaks_of_places(plain_text(match.group(1)))]
     for match in _QUOTED.finditer(text):
-        before, inside = text[max(0, match.start() - 40):match.start()], match.group(match.lastindex)
-        word = _LAST_WORD.search(before)
-        names = word is not None and word.group(1).lower() not in _OPEN  # a neon sign "left of center"
-        if _SAID.search(before) or names and speaks_of_places(inside):
+        inside = match.group(match.lastindex)
+        if _SAID.search(text[max(0, match.start() - _REACH):match.start()]) or (
+                _follows_name(text, match.start()) and speaks_of_places(inside)):
             hidden.append(match.span())
     return hidden
+
+
+def _follows_name(text: str, start: int) -> bool:
+    """True where a word that may be a name stands before: a neon sign "left of center", but not: photo of "a dog"."""
+    word = _LAST_WORD.search(text[max(0, start - _REACH):start])
+    return word is not None and word.group(1).lower() not in _OPEN
 
 
 def hide(text: str, spans: Iterable[tuple[int, int]]) -> str:

@@ -59,7 +59,7 @@ ADJECTIVES = _set(
     "black white grey gray golden silver cute fluffy happy sad beautiful pretty shiny wooden plastic metal striped "
     "spotted furry soft dark light bright colorful colourful round square very")
 LATE_ADVERBS = _set("just far high right straight also up down there here together alone close only hand side way well "
-                    "even away")
+                    "even away almost nearly exactly partly")
 LY_NOUNS = _set("butterfly family lily jelly fly belly assembly dragonfly firefly bully trolly dolly teddy")
 ING_NOUNS = _set("ring king string wing building painting swing ceiling earring clothing wedding thing sibling duckling "
                  "pudding dumpling drawing sling railing icing awning spring bling herring landing evening morning "

@@ -1,0 +1,48 @@
+"""What a pronoun stands for."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .elements import Element, Noun
+from .segments import is_many, is_person
+from .vocabulary import POSSESSIVES
+
+PRONOUNS = ("it", "he", "they", "both", "former", "latter")
+
+
+class Unclear(ValueError):
+    """A relation cannot be read without a guess; the message says why."""
+
+
+def listed(nouns: Sequence[Noun]) -> str:
+    return " or ".join(f"\"{noun.words}\"" for noun in nouns[:4])
+
+
+def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
+    """The things that a pronoun after a relation stands for, out of those that were named. Raises Unclear."""
+    distinct = {noun.words.lower(): noun for noun in candidates
+                if noun.words.lower() not in {subject.words.lower() for subject in subjects}}
+    named = list(distinct.values())
+    if pronoun in ("former", "latter") and len(named) == 1:
+        named = list({noun.words.lower(): noun for noun in candidates}.values())  # "the former above the latter"
+    if pronoun in ("both", "former", "latter"):
+        if len(named) != 2:
+            raise Unclear(f"\"{pronoun}\" needs two things before it")
+        return named if pronoun == "both" else [named[0 if pronoun == "former" else 1]]
+    if pronoun == "they":
+        many = [noun for noun in named if is_many(noun)]
+        if len(named) == 1 and many or len(named) > 1 and not many:
+            return named
+    else:
+        people = [noun for noun in named if is_person(noun)]
+        fitting = people if pronoun == "he" else [noun for noun in named if noun not in people]
+        single = [noun for noun in fitting or named if not is_many(noun)]
+        if len(single) == 1:
+            return single
+        named = single
+    raise Unclear(f"the pronoun may mean {listed(named)}" if len(named) > 1 else "nothing before it is meant by the pronoun")
+
+
+def belongs_to_owner(elements: Sequence[Element]) -> bool:
+    """True for "his head": something of what was named before."""
+    return bool(elements) and isinstance(elements[0], Noun) and bool(POSSESSIVES & set(elements[0].determiners))
