@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .elements import Element, Mark, Noun
-from .pronouns import PRONOUNS, Unclear, is_many, listed, meant_by
+from .pronouns import Unclear, is_many, leading_pronoun, listed, meant_by
 from .segments import BOUNDARIES, Segment, head, is_alive, is_person, is_thing, kinds_of, nouns_of, split, things
 from .vocabulary import ATTRIBUTES, SCENES
 
@@ -195,8 +195,9 @@ def _begins_clause(rest: Sequence[Element]) -> bool:
 
 def inverted_subject(clause: Segment, after: Sequence[Element], opening: bool) -> int | None:
     """Index in `after` of the subject in "Above a table is a lamp" or "To the left of a dog, a cat"; else None."""
-    starts = isinstance(after[0], Noun) or isinstance(after[0], Mark) and after[0].kind in PRONOUNS if after else False
-    if any(not isinstance(element, Mark) or element.kind not in ("newline", "preposition") for element in clause.elements) \
+    starts = bool(after) and (isinstance(after[0], Noun) or bool(leading_pronoun(after)))
+    leads = ("newline", "preposition", *(["verb"] if opening and not clause.joint else []))  # "Sitting under a tree, a woman"
+    if any(not isinstance(element, Mark) or element.kind not in leads for element in clause.elements) \
             or not starts or not (opening or clause.joint):
         return None
     index = 1
@@ -206,5 +207,7 @@ def inverted_subject(clause: Segment, after: Sequence[Element], opening: bool) -
         return None
     has_verb = bool(kinds_of(after[1:index]) & {"is", "are"})
     pronoun = isinstance(after[0], Mark)  # "and to its right a dog"
+    if "verb" in clause.kinds and not is_alive(after[index]):
+        return None
     without_verb = bool(after[index].determiners) and (pronoun or opening and not clause.joint and index > 1)
     return index if has_verb or without_verb else None

@@ -1,14 +1,14 @@
 """Places in the picture: what stands where, and the relations between things on opposite sides."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .clauses import Context, find_subjects
 from .elements import Element, Mark, Noun
 from .predicates import Order, Place, Predicate
 from .pronouns import Unclear
-from .relations import ABOVE, LEFT
+from .relations import ABOVE, BELOW, LEFT, RIGHT
 from .segments import head, is_frame, nouns_of, split, things
 from .vocabulary import SCENES
 
@@ -71,43 +71,46 @@ def _subjects(earlier: Sequence[Element], placed: Sequence[Placed], context: Con
 
 def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
     """The relations between things at opposite sides, and the places that take part in none."""
-    found: dict[tuple[int, int], tuple[Noun, list[str], Noun]] = {}
     used: set[int] = set()
-    for rank_of, name in ((lambda place: place.row, ABOVE), (lambda place: place.column, LEFT)):
-        for faint in (False, True):
-            alike = {index: rank_of(one.place) for index, one in enumerate(placed)
-                     if one.things and one.place.faint == faint and rank_of(one.place) is not None}
-            for first, second in _neighbours(alike):
-                pairs = [(one, other) for one in placed[first].things for other in placed[second].things
-                         if one.words.lower() != other.words.lower() or "another" in other.determiners]
-                used |= {first, second} if pairs else set()
-                for one, other in pairs:
-                    _add(found, one, name, other)
-    relations = [(one, tuple(names), other) for one, names, other in found.values()]
+    above = _opposite(placed, lambda place: place.row, used)
+    left = _opposite(placed, lambda place: place.column, used)
+    relations: list[Found] = []
+    for (one, other), pair in above.items():
+        sides = [name for name, key in ((LEFT, (one, other)), (RIGHT, (other, one))) if left.pop(key, None)]
+        relations.append((pair[0], (ABOVE, *sides[:1]), pair[1]))
+    relations += [(one, (LEFT,), other) for one, other in left.values()]
     rest = []
     for index, one in enumerate(placed):
         if one.owner is not None and index not in used and one.owner.last_word not in SCENES:
-            name = ABOVE if one.place.row == -1 else "below"
-            relations += [(thing, (name,), one.owner) for thing in one.things]
+            relations += [(thing, (ABOVE if one.place.row == -1 else BELOW,), one.owner) for thing in one.things]
         elif index not in used:
             rest.append(one)
     return relations, rest
 
 
-def _add(found: dict, one: Noun, name: str, other: Noun) -> None:
-    """Adds a relation, as a diagonal where the two things have one already: the vertical name comes first."""
-    if (one.start, other.start) in found:
-        found[one.start, other.start][1].append(name)
-    elif (other.start, one.start) in found:  # "A in the lower left, B in the upper right": B above, A left
-        found[other.start, one.start][1].append("to the right of")
-    else:
-        found[one.start, other.start] = (one, [name], other)
+def _opposite(placed: Sequence[Placed], rank_of: Callable[[Place], int | None], used: set[int]
+              ) -> dict[tuple[int, int], tuple[Noun, Noun]]:
+    """The pairs of things of which the first is nearer to the left or top, by where they stand in the text.
+
+    Indices of the places that are needed for it enter `used`. Single words ("dog left") go with each other only.
+    """
+    found = {}
+    for faint in (False, True):
+        ranks = {index: rank_of(one.place) for index, one in enumerate(placed)
+                 if one.things and one.place.faint == faint and rank_of(one.place) is not None}
+        for first, second in _neighbours(ranks):
+            for one in placed[first].things:
+                for other in placed[second].things:
+                    if one.words.lower() != other.words.lower() or "another" in other.determiners:
+                        found[one.start, other.start] = one, other
+                        used |= {first, second}
+    return found
 
 
-def _neighbours(rank_of: Mapping[int, int]) -> list[tuple[int, int]]:
+def _neighbours(rank_by_index: Mapping[int, int]) -> list[tuple[int, int]]:
     """Pairs of indices (lower rank, next rank), each with the nearest in the text; none where all have one rank."""
     ranks: dict[int, list[int]] = {}
-    for index, rank in rank_of.items():
+    for index, rank in rank_by_index.items():
         ranks.setdefault(rank, []).append(index)
     order = sorted(ranks)
     pairs: dict[tuple[int, int], None] = {}

@@ -56,8 +56,9 @@ _NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|ei
 _UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?"
          r"|distance|touch|tad|bits|(?:hair|stone|arm|hand)['’]s\s+(?:breadth|width|throw|length)|(?P<thing>feet|foot|steps?|paces?"
          r"|stor(?:ey|y|eys|ies)|floors?|blocks?))")
-_DISTANCE = re.compile(rf"(?:(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least)\s+)*"
-                       rf"(?:\b{_NUMBER}\s*-?{_UNIT}|\bslightly|\bsomewhat)(?:\s+and\s+a\s+half)?"
+_ABOUT = (r"\b(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least|slightly|somewhat|directly"
+          r"|immediately|high|far|straight|partly|(?<!the )(?<!to )(?<!on )(?<!at )right)")
+_DISTANCE = re.compile(rf"(?:{_ABOUT}\s+)*(?:\b{_NUMBER}\s*-?{_UNIT}|{_ABOUT})(?:\s+and\s+a\s+half)?"
                        rf"(?:\s+(?:away|further|farther|off|more|up|down|high))?(?:\s+and)?\s*$", re.IGNORECASE)
 _THING_BEFORE = re.compile(r"(?:^|[.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
 _REACH = 48  # characters before a predicate in which a distance is looked for

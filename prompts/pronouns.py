@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .elements import Element, Noun
+from .elements import Element, Mark, Noun
 from .segments import is_many, is_person
 from .vocabulary import POSSESSIVES
 
@@ -41,6 +41,14 @@ def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun])
             return single
         named = single
     raise Unclear(f"the pronoun may mean {listed(named)}" if len(named) > 1 else "nothing before it is meant by the pronoun")
+
+
+def leading_pronoun(elements: Sequence[Element]) -> str:
+    """The pronoun that the elements begin with, "" for none: "both a cat and a dog" begins with none."""
+    first = elements[0] if elements else None
+    if not isinstance(first, Mark) or first.kind not in PRONOUNS:
+        return ""
+    return "" if first.kind == "both" and len(elements) > 1 and isinstance(elements[1], Noun) else first.kind
 
 
 def belongs_to_owner(elements: Sequence[Element]) -> bool:

@@ -23,7 +23,7 @@ from .naming import Names
 from .places import NO_OBJECT as NO_REFERENCE
 from .places import NOT_STEERED, Found, Placed, find_placed, in_order, is_ordinary, relate
 from .predicates import Order, Place, Predicate, Unsteered, find_all, speaks_of_places
-from .pronouns import PRONOUNS, Unclear, belongs_to_owner, meant_by
+from .pronouns import PRONOUNS, Unclear, belongs_to_owner, leading_pronoun, meant_by
 from .relations import NotUnderstood
 from .segments import head, is_frame, nouns_of, split, things
 from .text import hide, plain_text, sentences, set_apart, without_embeddings
@@ -35,7 +35,7 @@ PART = "it may mean a part of it; write \"above\" or \"on top of\" where that is
 
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
 _COVERS = re.compile(r"over|under", re.IGNORECASE)
-_IDLE = frozenset("scenes camera viewer wheel bars counter curtain glass".split())  # "behind the scenes"
+_IDLE = frozenset("scenes camera viewer wheel bars".split())  # "behind the scenes"
 _LONGEST = 100  # characters of a fragment that is shown
 
 
@@ -105,9 +105,7 @@ class _Reader:
             after = [Mark("they" if "their" in predicate.words.lower() else "it"), *after]
         if after and after[0] == Mark("relative"):  # "a table above which a lamp hangs"
             return nouns_of(after)[:1] or _fail(NO_SUBJECT), nouns_of(before)[-1:] or _fail(NO_OBJECT), after
-        pronoun = after[0].kind if after and isinstance(after[0], Mark) and after[0].kind in PRONOUNS else ""
-        if pronoun == "both" and len(after) > 1 and isinstance(after[1], Noun):
-            pronoun = ""  # "both a cat and a car"
+        pronoun = leading_pronoun(after)
         inverted = inverted_subject(clause, after, opening)
         if inverted is not None:
             subjects, rest = [after[inverted]], after[inverted:]

@@ -62,8 +62,10 @@ def hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def without_embeddings(text: str) -> str:
-    """The text with the names of embeddings hidden; same length. Their words are no words of the prompt."""
-    return _EMBEDDING.sub(lambda name: HIDDEN * len(name.group()), text) if ":" in text else text
+    """The text with one made-up word for each embedding's name; same length. Its words are no words of the prompt."""
+    if ":" not in text:
+        return text
+    return _EMBEDDING.sub(lambda name: re.sub(r"[^,.;:!?\"']", "_", name.group()), text)
 
 
 def _blank(match: re.Match) -> str:

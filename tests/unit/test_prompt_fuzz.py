@@ -24,8 +24,8 @@ WORDS = {"above": ("above", "on top of", "over", "atop", "right above", "high ab
          "below and to the right of": ("below and to the right of", "to the lower right of", "at the bottom right of")}
 CARDINAL = tuple(WORDS)[:4]
 DISTANCES = ("two meters", "10 cm", "a bit", "slightly", "a few steps", "half a meter", "1.5 m", "a little", "about three feet")
-FILLERS = ("masterpiece, best quality", "soft light", "seen from above", "a house under construction", "8k", "oil painting",
-           "highly detailed", "looking at viewer", "view from below", "a man over 60", "(bokeh:1.2)", "cinematic")
+FILLERS = ("masterpiece, best quality", "soft light", "seen from above", "house under construction", "8k", "oil painting",
+           "highly detailed", "looking at viewer", "view from below", "man over 60", "(bokeh:1.2)", "cinematic")
 POSTURES = ("sitting", "standing", "placed", "lying", "floating")
 INSERTS = (", with a red collar,", ", which is blue,", ", wearing a hat,", " that is shiny", " \\(style\\)", ", not a robot,",
            " rather than a robot", " instead of a robot")
@@ -38,6 +38,7 @@ class Made:
     text: str = ""
     relations: set[tuple[str, str, str]] = field(default_factory=set)
     unclear: int = 0
+    sides: bool = False
 
 
 class Grammar:
@@ -107,7 +108,7 @@ class Grammar:
                                                   ("to the right", "to the left", "to the right of")))
         joint = self.random.choice((", ", " and ", " while "))
         return Made(f"{self.phrase(one)} {first}{joint}{self.phrase(other)} {second}",
-                    {(one, name, other) if first != "to the right" else (other, "to the left of", one)})
+                    {(one, name, other) if first != "to the right" else (other, "to the left of", one)}, sides=True)
 
     def shared(self) -> Made:
         one, two, other, name = self.thing(), self.thing(), self.thing(), self.random.choice(CARDINAL)
@@ -136,10 +137,9 @@ class Grammar:
         pieces: list[str] = []
         for _ in range(self.random.randint(1, 3)):
             clause = self.clause()
-            if any(side in clause.text for side in ("at the top", "on the left,", "on the right", "to the right,")):
-                sides += 1
-                if sides > 1:  # places of two sentences would be related to each other
-                    continue
+            sides += clause.sides
+            if clause.sides and sides > 1:  # places of two sentences are related to each other
+                continue
             pieces.append(clause.text[0].upper() + clause.text[1:] if self.random.random() < 0.5 else clause.text)
             made.relations |= clause.relations
             made.unclear += clause.unclear
