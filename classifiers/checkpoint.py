@@ -90,11 +90,21 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
 def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier) -> None:
     """Writes our own format; equal classifiers give equal bytes. A file already there is replaced whole or not at all.
 
-    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights.
+    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights,
+    WriteError where the file cannot be written.
     """
-    path = Path(path)
+    replace_file(Path(path), classifier_bytes(classifier))
+
+
+def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier) -> bytes:
+    """The file of a classifier."""
     description, weights = _described(classifier)
-    replace_file(path, save(weights, {METADATA_KEY: json.dumps(description)}))
+    try:
+        text = json.dumps(description, allow_nan=False)
+    except ValueError as error:
+        raise ClassifierError(f"Classifier {classifier.name!r}: a number in its description is not finite, which no file may "
+                              "hold.") from error
+    return save(weights, {METADATA_KEY: text})
 
 
 def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dict, dict[str, Tensor]]:

@@ -90,7 +90,7 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
             write_json(folder / "plan.json", plan)
         manifest = _manifest(plan, _build_shards(folder, candidates, source, maker, batch, seed, on_progress))
         write_json(folder / "manifest.json", manifest)
-    if names := manifest["unreadable"]:
+    if names := manifest.get("unreadable"):
         LOGGER.warning("%d picture files could not be read and were passed over: %s. manifest.json lists them.", len(names),
                        _some(names))
     return manifest

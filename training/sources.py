@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import logging
 import random
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -216,7 +216,10 @@ def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str
 
 
 def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path]:
-    values = {name: str(row.get(name) or "").strip() for name in (*COLUMNS, "split")}
+    for name in (*COLUMNS, "split"):
+        if not isinstance(row.get(name), (str, type(None))):
+            raise TrainingError(f"{place}: {name} is {shown(row[name])}, but must be a text.")
+    values = {name: (row.get(name) or "").strip() for name in (*COLUMNS, "split")}
     missing = [name for name in COLUMNS if not values[name]]
     if missing:
         raise TrainingError(f"{place}: {', '.join(missing)} is missing. Each row needs file, subject, relation and object.")
@@ -266,7 +269,8 @@ def _read_table(table: Path) -> Iterator[tuple[int, Mapping]]:
         raise TrainingError(f"{table}: the first line must name the columns {', '.join(COLUMNS)} (and split, if you like), with "
                             "commas, semicolons or tabs between them.")
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        lines = (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))  # a list would take many times the text
+        rows = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)
         rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         yield from enumerate(rows, 2)
     except csv.Error:
