@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files.entries import Entries
+from ..files.faults import FileFault, reason
+from ..files.reading import check_header, parse_json
 from ..files.writing import replace_file
 from .base import ClassifierError, MapLayout
 from .geometric import GeometricClassifier, GeometricSettings
@@ -34,6 +37,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 # Tables that published files may hold with other singleton dimensions than ours.
 _RESHAPED = ("positional_encoding.pe", "query_vector")
 _NAMED = 4
+_LONGEST_NAME = 100
 _LONGEST_TABLE = 65536
 
 
@@ -46,7 +50,7 @@ class ClassifierFile:
     relations: tuple[str, ...]
     layout: MapLayout
     steps: StepMapping
-    weights: Mapping[str, Tensor]
+    weights: dict[str, Tensor]
     training: Mapping
     licence: str
 
@@ -59,8 +63,8 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
     Raises ClassifierError for a file that is missing, empty, cut off, of another kind, or damaged in any way.
     """
     path = Path(path)
-    _check_file(path)
     try:
+        _check_file(path)
         with torch.inference_mode(False):
             if path.suffix.lower() == ".safetensors":
                 content = _read_safetensors(path)
@@ -76,16 +80,31 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
                                      name=path.stem, training=content.training, licence=content.licence)
     except ClassifierError as error:
         raise ClassifierError(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise ClassifierError(f"{path.name}: the file cannot be read ({reason(error)}). Check its permissions and those of its "
+                              "folder.") from error
+    except MemoryError as error:
+        raise ClassifierError(f"{path.name}: there is not enough memory to read the file.") from error
 
 
 def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier) -> None:
     """Writes our own format; equal classifiers give equal bytes. A file already there is replaced whole or not at all.
 
-    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights.
+    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights,
+    WriteError where the file cannot be written.
     """
-    path = Path(path)
+    replace_file(Path(path), classifier_bytes(classifier))
+
+
+def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier) -> bytes:
+    """The file of a classifier."""
     description, weights = _described(classifier)
-    replace_file(path, save(weights, {METADATA_KEY: json.dumps(description)}))
+    try:
+        text = json.dumps(description, allow_nan=False)
+    except ValueError as error:
+        raise ClassifierError(f"Classifier {classifier.name!r}: a number in its description is not finite, which no file may "
+                              "hold.") from error
+    return save(weights, {METADATA_KEY: text})
 
 
 def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dict, dict[str, Tensor]]:
@@ -105,56 +124,71 @@ def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dic
 
 def _check_file(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
-        raise ClassifierError(f"{path.name} is not a classifier file: its name must end in {', '.join(SUFFIXES)}.")
+        raise ClassifierError(f"this is not a classifier file: its name must end in {', '.join(SUFFIXES)}.")
     if not path.is_file():
         raise ClassifierError(f"There is no classifier file {path}. Put it there, or choose another one.")
     if path.stat().st_size == 0:
-        raise ClassifierError(f"{path.name} is empty (0 bytes). Copy or download it again.")
+        raise ClassifierError("the file is empty (0 bytes). Copy or download it again.")
 
 
 def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
     try:
+        check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ClassifierError(f"the file is cut off or not a safetensors file ({error}). Copy or download it "
-                              "again.") from error
+    except FileFault as error:
+        raise ClassifierError(f"{error}. Copy or download it again.") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever the library raises on damaged bytes: there is no closed list
+        raise ClassifierError("the file is cut off or not a safetensors file. Copy or download it again.") from error
     if METADATA_KEY not in metadata:
         raise ClassifierError("this safetensors file is not a relation classifier: its metadata has no entry "
                               f"{METADATA_KEY!r}. Choose another file, or convert a published .pth with "
                               "`python dev.py run -m learn_to_steer.classifiers.convert`.")
     try:
-        description = json.loads(metadata[METADATA_KEY])
-        if description["format_version"] != FORMAT_VERSION:
-            raise ClassifierError(f"format version {description['format_version']!r} is unknown here (known: "
+        entries = Entries.of(parse_json(metadata[METADATA_KEY]))
+        if entries.whole("format_version") != FORMAT_VERSION:
+            raise ClassifierError(f"format version {entries.whole('format_version')} is unknown here (known: "
                                   f"{FORMAT_VERSION}). Update the node pack.")
-        known = {field.name for field in fields(MapLayout)}
-        if description.get("kind") == GEOMETRIC:
-            return _geometric(description, weights, path.stem)
-        return ClassifierFile(
-            config=NetworkConfig.from_dict(description["config"]), input_channels=int(description["input_channels"]),
-            relations=tuple(map(str, description["relations"])),
-            layout=MapLayout(**{key: value for key, value in description["layout"].items() if key in known}),
-            steps=StepMapping(**description["steps"]), weights=weights, training=dict(description["training"]),
-            licence=str(description["licence"]))
-    except ClassifierError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ClassifierError(f"its metadata is damaged ({type(error).__name__}: {error}). Get the file "
-                              "again.") from error
+        if entries.text("kind", default=None) == GEOMETRIC:
+            return _geometric(entries, weights, path.stem)
+        return _learned(entries, weights)
+    except FileFault as error:
+        raise ClassifierError(f"its metadata is damaged: {error}. Get the file again.") from error
 
 
-def _geometric(description: Mapping, weights: Mapping[str, Tensor], name: str) -> GeometricClassifier:
+def _learned(entries: Entries, weights: dict[str, Tensor]) -> ClassifierFile:
+    steps = entries.group("steps")
+    return ClassifierFile(
+        config=NetworkConfig.from_dict(entries.group("config").values), input_channels=entries.whole("input_channels"),
+        relations=entries.texts("relations"), layout=_layout(entries.group("layout")),
+        steps=StepMapping(steps.wholes("timesteps"), steps.whole("num_timesteps", 1)), weights=weights,
+        training=dict(entries.group("training").values), licence=entries.text("licence"))
+
+
+def _layout(entries: Entries) -> MapLayout:
+    return MapLayout(size=entries.whole("size", 1, _LONGEST_TABLE, default=MapLayout.size),
+                     normalise=entries.text("normalise", default=MapLayout.normalise),
+                     channels=entries.whole("channels", 1, _LONGEST_TABLE, default=None),
+                     backbone=entries.text("backbone", default=None),
+                     max_channels=entries.whole("max_channels", 1, _LONGEST_TABLE, default=None))
+
+
+def _geometric(entries: Entries, weights: Mapping[str, Tensor], name: str) -> GeometricClassifier:
     if set(weights) != {WEIGHTS}:
         raise ClassifierError(f"a geometric classifier holds the tensor {WEIGHTS!r} alone, this file holds "
                               f"{_some(sorted(weights)) or 'nothing'}. Get the file again.")
-    layout = description["layout"]
+    layout, settings = _layout(entries.group("layout")), entries.group("settings")
+    known = {field.name for field in fields(GeometricSettings)}
+    if unknown := [name for name in settings.values if name not in known]:
+        raise FileFault(f"the settings {_some(unknown)} are unknown")
     classifier = GeometricClassifier(
-        GeometricSettings(**description["settings"]), int(layout["size"]), weights[WEIGHTS], name=name,
-        backbone=layout["backbone"], training=dict(description["training"]), licence=str(description["licence"]))
-    if classifier.layout.channels != layout["channels"]:
-        raise ClassifierError(f"its metadata says {layout['channels']} channels, it has weights for "
+        GeometricSettings(**{name: settings.number(name) for name in settings.values}), layout.size, weights[WEIGHTS].clone(),
+        name=name, backbone=layout.backbone, training=dict(entries.group("training").values), licence=entries.text("licence"))
+    if classifier.layout.channels != layout.channels:
+        raise ClassifierError(f"its metadata says {layout.channels} channels, it has weights for "
                               f"{classifier.layout.channels}. The file is damaged; get it again.")
     return classifier
 
@@ -164,7 +198,8 @@ def _with_backbone(layout: MapLayout, backbone: str) -> MapLayout:
 
 
 def _build(content: ClassifierFile) -> RelationNetwork:
-    """The network with the file's weights, checked: names, shapes, finite values."""
+    """The network with the file's weights, checked: names, shapes, finite values. Takes them out of `content`, so that they
+    are not held twice."""
     if not 1 <= content.input_channels <= _LONGEST_TABLE or not content.relations:
         raise ClassifierError(f"{content.input_channels} input channels and {len(content.relations)} relations cannot "
                               "be right. The file is damaged; get it again.")
@@ -172,10 +207,11 @@ def _build(content: ClassifierFile) -> RelationNetwork:
     with torch.device("meta"):
         network = RelationNetwork(content.config, content.input_channels, len(content.relations))
     wanted = network.state_dict()
-    weights = {name: tensor for name, tensor in content.weights.items()
-               if name in wanted or not _unused(name, content.config)}
+    weights = content.weights
+    for name in [name for name in weights if name not in wanted and _unused(name, content.config)]:
+        del weights[name]
     _check_names(wanted, weights)
-    ready = {name: _checked(name, tensor, wanted[name].shape) for name, tensor in weights.items()}
+    ready = {name: _checked(name, weights.pop(name), wanted[name].shape) for name in list(weights)}
     broken = [name for name, tensor in ready.items() if not tensor.isfinite().all()]
     if broken:
         raise ClassifierError(f"{_some(broken)} holds values that are not finite (NaN or infinity). The file is "
@@ -218,4 +254,4 @@ def _squeezed(shape: torch.Size) -> list[int]:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return ", ".join(name[:_LONGEST_NAME] for name in names[:_NAMED]) + more

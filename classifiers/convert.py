@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..files.faults import FileFault
+from ..files.writing import check_new_file, write_new_file
 from .base import BACKBONES, ClassifierError
-from .checkpoint import load_classifier, save_classifier
+from .checkpoint import classifier_bytes, load_classifier
 from .geometric import GeometricClassifier
 
 
@@ -21,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                              "Diffusion) or mmdit (FLUX)")
     parser.add_argument("--relations", nargs="+", metavar="NAME",
                         help="names of the relations in the order of the logits, in place of the file's")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file to write, if it is there")
     given = parser.parse_args(arguments)
     if not given.target.endswith(".safetensors"):
         parser.error("the file to write must end in .safetensors")
     try:
+        check_new_file(Path(given.target), given.overwrite)
         classifier = load_classifier(given.source, backbone=given.backbone, relations=given.relations)
-        save_classifier(given.target, classifier)
-    except (ClassifierError, OSError) as error:
+        write_new_file(Path(given.target), classifier_bytes(classifier), given.overwrite)
+    except (ClassifierError, FileFault, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     layout = classifier.layout
     steps = "" if isinstance(classifier, GeometricClassifier) else (

@@ -1,30 +1,64 @@
-"""Files that are whole or not there, whenever the process is killed."""
+"""Files that are whole or not there, whenever the process is killed or the disk is full."""
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 from pathlib import Path
 
+from .faults import FileFault, reason
+
 PARTIAL = ".partial"
+_NUMBERS = itertools.count()
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class WriteError(OSError):
+    """A file could not be written; the message says which one, why, and what to do."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes aside, brings it to the disk, renames: a reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")  # hidden: GenEval takes every name that begins as a picture's does
+    """Writes aside, brings it to the disk, renames: a reader sees the old file or the whole new one.
+
+    Raises WriteError, and leaves what was there before.
+    """
+    # Hidden, since GenEval takes every name that begins as a picture's does; short, whatever the file's name.
+    partial = path.with_name(f".{os.getpid()}-{next(_NUMBERS)}{PARTIAL}")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on the disk only with the folder
-        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
         finally:
-            os.close(folder)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    except OSError as error:
+        advice = "Free some space and try again" if error.errno in _FULL else "Check the name, the folder and its permissions"
+        raise WriteError(f"{path} cannot be written: {reason(error)}. {advice}.") from error
+    _bring_to_disk(path.parent)
+
+
+class FileIsThere(FileFault):
+    """A file would have been overwritten unasked."""
+
+
+def write_new_file(path: Path, content: bytes, overwrite: bool = False) -> None:
+    """As `replace_file`, but raises FileIsThere where another content stands there already; makes the folder."""
+    check_new_file(path, overwrite, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content)
+
+
+def check_new_file(path: Path, overwrite: bool, content: bytes | None = None) -> None:
+    """Raises FileIsThere where `path` is there, holds something else than `content`, and may not be overwritten."""
+    if path.is_dir():
+        raise FileIsThere(f"{path} is a folder. Name a file.")
+    if path.exists() and not overwrite and (content is None or path.read_bytes() != content):
+        raise FileIsThere(f"{path} is there already. Choose another name, or add --overwrite to replace it.")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -35,4 +69,16 @@ def write_json(path: Path, value: object) -> None:
 def remove_partial_files(folder: Path) -> None:
     """What a killed process left half written."""
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """The rename itself is on the disk only with the folder; some network file systems cannot do that."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

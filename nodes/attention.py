@@ -8,7 +8,7 @@ from ..host.capturing import Capture
 from ..host.patching import apply_capture
 from ..host.records import AttentionRecord
 from ..pictures.overlays import overlay
-from .types import CATEGORY, Graph, Maps, RunLog, maps_output
+from .types import CATEGORY, Graph, Maps, RunLog, check_numbers, maps_output
 
 
 class AttentionCapture(io.ComfyNode):
@@ -47,6 +47,7 @@ class AttentionCapture(io.ComfyNode):
     @classmethod
     def execute(cls, model, words: str, start_percent: float, end_percent: float, resolution: int, layers: str,
                 keep_heads: bool, graph=None) -> io.NodeOutput:
+        check_numbers(start_percent=start_percent, end_percent=end_percent)
         phrases = dict.fromkeys([*_split(words), *(graph.phrases if graph is not None else ())])
         if not phrases:
             raise ValueError("input 'words': nothing to watch. Name words of the prompt, or connect a graph with relations.")
@@ -107,6 +108,7 @@ class AttentionOverlay(io.ComfyNode):
 
     @classmethod
     def execute(cls, maps: AttentionRecord, steps: str, strength: float, image=None) -> io.NodeOutput:
+        check_numbers(strength=strength)
         pictures = torch.stack([
             overlay(None if image is None else image[min(index, len(image) - 1)], picture_maps, maps.phrases, caption,
                     strength)

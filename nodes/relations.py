@@ -88,6 +88,9 @@ class MultiRelationGraph(io.ComfyNode):
             raise RelationError(f"input 'prompt': no relation found in \"{prompt}\". Write one, such as \"a dog to the left of "
                                 "a cat\" (also: right of, above, below, on top of, under), or give it in 'relations', or "
                                 "switch 'allow_no_relation' on.")
+        if graph.relations and not graph.counted().relations and not allow_no_relation:
+            raise RelationError(f"{_source(relations, extra)}: every relation has the weight 0, so nothing would be steered. "
+                                "Give one a weight above 0, or switch 'allow_no_relation' on.")
         positive = encode_prompt(clip, graph.prompt)
         return io.NodeOutput(graph, positive, graph.prompt, ui=ui.PreviewText(graph.describe()))
 

@@ -13,7 +13,7 @@ from ..host.stepping import Schedule
 from ..pictures.overlays import probability_plot
 from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
-from .types import CATEGORY, Report, RunLog, classifier_input, graph_input, maps_output, report_output
+from .types import CATEGORY, Report, RunLog, check_numbers, classifier_input, graph_input, maps_output, report_output
 
 DEFAULTS = SteeringSettings()
 
@@ -51,6 +51,8 @@ def settings_inputs() -> list[io.Input]:
 def read_settings(start_percent: float, end_percent: float, step_size: float, max_updates: int, stop_probability: float,
                   update_rule: str, relations_per_update: str, save_memory: bool,
                   compactness: float = DEFAULTS.compactness) -> SteeringSettings:
+    check_numbers(start_percent=start_percent, end_percent=end_percent, step_size=step_size, stop_probability=stop_probability,
+                  compactness=compactness)
     return SteeringSettings(start_percent, end_percent, step_size, max_updates, stop_probability, update_rule,
                             relations_per_update, save_memory, compactness)
 
@@ -114,6 +116,7 @@ class SpatialSteeringKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
                 latent_image, denoise: float, graph, classifier, **settings) -> io.NodeOutput:
+        check_numbers(cfg=cfg, denoise=denoise)
         settings = read_settings(**settings)
         sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise,
                                          model.model_options).sigmas

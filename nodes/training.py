@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import comfy.model_management
@@ -11,6 +10,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..classifiers.checkpoint import load_classifier, save_classifier
+from ..files.faults import shown
+from ..files.names import fault_of_name
 from ..host.backbones import find_backbone
 from ..training.dataset import BuildProgress, RelationDataset, build_dataset
 from ..training.evaluation import confusion_chart, loss_chart
@@ -20,7 +21,7 @@ from ..training.small_world import small_world_source
 from ..training.sources import SPLITS, Quota, Source, read_folder
 from ..training.trainer import TrainingProgress, TrainingRun, TrainingSettings
 from .classifiers import FOLDER
-from .types import CATEGORY, Classifier
+from .types import CATEGORY, Classifier, check_numbers
 
 TRAINING = f"{CATEGORY}/training"
 Dataset = io.Custom("LTS_DATASET")
@@ -28,10 +29,10 @@ SOURCES = ("small world, drawn", "small world, generated", "folder with table", 
 check_interrupt = comfy.model_management.throw_exception_if_processing_interrupted
 
 
-def _name(text: str, input_name: str) -> str:
-    """A plain file name. Raises ValueError where it would lead anywhere else."""
-    if not re.fullmatch(r"\w[\w .\-]*", text) or text.endswith((".", " ")):
-        raise ValueError(f"input '{input_name}': {text!r} is no plain name. Use letters, digits, spaces, - and _.")
+def _name(text: str, input_name: str, ending: str = "") -> str:
+    """A plain file name. Raises ValueError where it would lead anywhere else, or where some system cannot have it."""
+    if fault := fault_of_name(text, ending):
+        raise ValueError(f"input '{input_name}': {shown(text)} {fault}.")
     return text
 
 
@@ -41,8 +42,12 @@ def _path(text: str, input_name: str) -> Path:
         raise ValueError(f"input '{input_name}': this source needs a path. Give one, absolute or relative to ComfyUI's "
                          "input folder.")
     path = Path(folder_paths.get_input_directory(), text.strip())
-    if not path.exists():
-        raise ValueError(f"input '{input_name}': there is no {path}.")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # no permission, a name that is too long, a character that no name has
+        there = False
+    if not there:
+        raise ValueError(f"input '{input_name}': there is no {shown(str(path))}, or it cannot be read.")
     return path
 
 
@@ -135,6 +140,9 @@ def _summary(folder: Path, manifest: dict) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
         lines.append(f"{split}: {counts['samples']} samples of {counts['pictures']} pictures, PSNR "
                      f"{counts['psnr_mean']} dB; dropped: {dropped}")
+    if names := manifest.get("unreadable"):
+        lines.append(f"{len(names)} picture files could not be read: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''} "
+                     "(manifest.json lists them)")
     return "\n".join(lines)
 
 
@@ -191,6 +199,7 @@ class TrainRelationClassifier(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: RelationDataset, name: str, learning_rate: float, epochs: int, batch: int, seed: int,
                 wrong_captions: bool, without_objects: str, width: int, mirror: bool = False) -> io.NodeOutput:
+        check_numbers(learning_rate=learning_rate)
         settings = TrainingSettings(
             learning_rate=learning_rate, epochs=epochs, batch=batch, seed=seed, wrong_captions=wrong_captions, mirror=mirror,
             without_nouns=tuple(noun.strip() for noun in without_objects.split(",") if noun.strip()))
@@ -235,7 +244,7 @@ class SaveRelationClassifier(io.ComfyNode):
             raise ValueError(f"input 'classifier': {classifier.name} has no weights to save. Connect \"Train Relation "
                              "Classifier\".")
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
-        path = folder / f"{_name(name, 'name')}.safetensors"
+        path = folder / f"{_name(name, 'name', '.safetensors')}.safetensors"
         if path.exists() and not overwrite:
             raise ValueError(f"input 'name': {path} is there already. Choose another name, or switch 'overwrite' on.")
         os.makedirs(folder, exist_ok=True)

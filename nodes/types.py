@@ -1,6 +1,8 @@
 """The pack's own socket types, and the pieces that several nodes share."""
 from __future__ import annotations
 
+import math
+
 from comfy_api.latest import io
 
 CATEGORY = "Learn to Steer"
@@ -11,6 +13,13 @@ Classifier = io.Custom("LTS_CLASSIFIER")
 Maps = io.Custom("LTS_MAPS")
 Report = io.Custom("LTS_REPORT")
 RunLog = io.Custom("LTS_RUN_LOG")
+
+
+def check_numbers(**inputs: object) -> None:
+    """Raises ValueError naming the input that is NaN or infinite: JSON lets both pass, and so does the host."""
+    for name, value in inputs.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"input '{name}': {value} is not a number that can be used. Enter another one.")
 
 
 def graph_input() -> io.Input:

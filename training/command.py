@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 import torch
 
 from ..classifiers.base import ClassifierError
-from ..classifiers.checkpoint import save_classifier
+from ..classifiers.checkpoint import classifier_bytes
+from ..files.names import fault_of_name
+from ..files.writing import check_new_file, write_new_file
 from ..host.backbones import UnsupportedModel, find_backbone
 from ..host.tokens import TokenError
 from .calibration import calibrate
@@ -93,6 +94,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="dataset folders")
     parser.add_argument("--save", type=_classifier_file, help="copy the finished classifier to this .safetensors file, whose "
                                                                 "name is the classifier's")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that --save names, if it is there")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -112,13 +114,17 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=calibrate_rule)
     parser.add_argument("data", type=Path, nargs="+", help="dataset folders")
     parser.add_argument("--save", type=_classifier_file, required=True, help="the .safetensors file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file, if it is there")
     parser.add_argument("--threads", type=int, help="of the CPU")
 
 
 def _classifier_file(text: str) -> Path:
     if not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .safetensors, or Relation Classifier Loader does not list it")
-    return Path(text)
+    path = Path(text)
+    if fault := fault_of_name(path.stem, path.suffix):
+        raise argparse.ArgumentTypeError(f"{path.stem[:60]!r} {fault}")
+    return path
 
 
 def build(given: argparse.Namespace) -> None:
@@ -146,6 +152,9 @@ def build(given: argparse.Namespace) -> None:
     for split, counts in manifest["splits"].items():
         print(f"  {split}: {counts['samples']} samples of {counts['pictures']} pictures, "
               f"PSNR {counts['psnr_mean']} dB, dropped {counts['dropped'] or 'none'}")
+    if names := manifest.get("unreadable"):
+        print(f"  {len(names)} picture files could not be read: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''} "
+              "(all: manifest.json)")
 
 
 def _source(given: argparse.Namespace, models: tuple) -> Source:
@@ -168,6 +177,9 @@ def _source(given: argparse.Namespace, models: tuple) -> Source:
 
 
 def train(given: argparse.Namespace) -> None:
+    finished = given.run_folder / CLASSIFIER_FILE
+    if given.save:  # before hours of work; a file that this very run has saved may be there
+        check_new_file(given.save, given.overwrite, finished.read_bytes() if finished.is_file() else None)
     datasets = [RelationDataset(folder) for folder in given.data]
     backbone = datasets[0].manifest["maps"]["backbone"]
     changes = {"learning_rate": given.learning_rate, "weight_decay": given.weight_decay, "epochs": given.epochs,
@@ -183,15 +195,14 @@ def train(given: argparse.Namespace) -> None:
     print(f"\nbest epoch {run.best_epoch + 1} of {len(run.history)}; results in {given.run_folder}")
     _print_results(classifier.training)
     if given.save:
-        given.save.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(given.run_folder / CLASSIFIER_FILE, given.save)
+        write_new_file(given.save, finished.read_bytes(), given.overwrite)
         print(f"saved {given.save}")
 
 
 def calibrate_rule(given: argparse.Namespace) -> None:
+    check_new_file(given.save, given.overwrite)
     classifier = calibrate([RelationDataset(folder) for folder in given.data], given.save.stem)
-    given.save.parent.mkdir(parents=True, exist_ok=True)
-    save_classifier(given.save, classifier)
+    write_new_file(given.save, classifier_bytes(classifier), given.overwrite)
     _print_results(classifier.training)
     print(f"{classifier.training['channels_used']} of {len(classifier.channel_weights)} channels used; saved {given.save}")
 

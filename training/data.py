@@ -11,7 +11,8 @@ from torch import Tensor
 from ..classifiers.base import MapLayout
 from ..classifiers.steps import StepMapping
 from ..prompts.relations import RELATIONS
-from .dataset import RelationDataset, Sample
+from .dataset import RelationDataset
+from .shards import Sample
 from .sources import SPLITS
 from .storage import TrainingError
 
@@ -82,7 +83,7 @@ def check_splits(datasets: Sequence[RelationDataset]) -> None:
     known: dict[tuple, tuple[str, Path]] = {}
     for dataset in datasets:
         source = dataset.manifest["source"]
-        table = source["labels_sha256"] if source["kind"] == "folder" else ""
+        table = source.get("labels_sha256", "") if source["kind"] == "folder" else ""
         for split in SPLITS:
             for picture in dataset.pictures(split):
                 there, folder = known.setdefault((source["kind"], table, picture), (split, dataset.folder))

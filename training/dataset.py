@@ -1,8 +1,8 @@
 """A dataset of attention maps on disk: built shard by shard, resumable, read back for training.
 
-A folder holds plan.json (what was asked for), shards/<split>-<number>.safetensors (maps, and as metadata what each row
-is and what was dropped) and manifest.json (what is inside). A shard's content is decided by its number alone and a file
-appears whole or not at all, so a run that was killed anywhere goes on to the same bytes.
+A folder holds plan.json (what was asked for), shards/<split>-<number>.safetensors (shards.py), manifest.json (what is inside)
+and in_use.lock, which one process at a time holds. A shard's content is decided by its number alone and a file appears whole or
+not at all, so a run that was killed anywhere goes on to the same bytes.
 """
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,20 +18,24 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from ..classifiers.base import BACKBONES, NORMALISATIONS
+from ..files.entries import Entries
+from ..files.faults import FileFault
 from ..files.writing import remove_partial_files, replace_file, write_json
 from ..prompts.relations import RELATIONS
 from .captions import Caption, Inverted
-from .sources import SPLITS, Candidate, Drop, Example, Source
-from .storage import TrainingError, read_json
+from .shards import Sample, Shard, read_maps, read_shard, shard_bytes
+from .sources import SPLITS, UNREADABLE, Candidate, Drop, Example, Source
+from .storage import TrainingError, alone_in, faults_of, read_json
 
 LOGGER = logging.getLogger("learn_to_steer")
 FORMAT = "learn-to-steer relation dataset 1"
-METADATA_KEY = "relation_maps"
 PICTURES = "candidates_sha256"
+ADDED = ("shards", "unreadable")
+"""Entries that manifests of older datasets do not have."""
+_NAMED = 5
 
 
 class MapMaker(Protocol):
@@ -46,23 +51,6 @@ class MapMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A row of a shard: the maps of one picture under one caption. relation: the truth; caption_relation: the word in
-    the caption; psnr: of the reconstruction, dB."""
-
-    picture: str
-    subject: str
-    relation: str
-    object: str
-    caption_relation: str
-    psnr: float
-
-    @property
-    def is_wrong_caption(self) -> bool:
-        return self.caption_relation != self.relation
-
-
-@dataclass(frozen=True)
 class BuildProgress:
     """Counts of candidates (pictures), and of samples kept and dropped so far."""
 
@@ -72,22 +60,12 @@ class BuildProgress:
     dropped: int
 
 
-@dataclass(frozen=True)
-class Shard:
-    """What a shard holds, without its maps."""
-
-    candidates: int
-    samples: tuple[Sample, ...]
-    drops: tuple[Drop, ...]
-    channels: int
-
-
 def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16, seed: int = 0,
                   on_progress: Callable[[BuildProgress], None] = lambda progress: None) -> dict:
     """Builds the dataset, or goes on with one that was begun by the same settings, and returns its manifest.
 
     batch: pictures in a shard, which are inverted together. Raises TrainingError where the folder holds another
-    dataset.
+    dataset, where another process builds in it, or where no picture gives a usable sample.
     """
     candidates = source.candidates()
     if not candidates and not (folder / "manifest.json").exists():
@@ -95,37 +73,67 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
                             "numbers per relation are 0. Choose the folder that holds them.")
     plan = {"format": FORMAT, "batch": batch, "seed": seed, "source": source.describe(), "maps": maker.describe(),
             "licence": source.licence, PICTURES: _digest(candidates)}
-    shards = folder / "shards"
-    shards.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(folder)
-    remove_partial_files(shards)
-    differences = _differences(folder / "plan.json", plan)
-    if differences == [PICTURES] and (folder / "manifest.json").exists():  # they may be deleted after
-        LOGGER.warning("%s is finished, from other pictures than are there now, and is used as it is. Delete it to build it "
-                       "anew.", folder)
-        return read_json(folder / "manifest.json")
-    if differences:
-        named = ("other pictures are in the folder" if name == PICTURES else name for name in differences)
-        raise TrainingError(f"{folder} holds a dataset that was begun with other settings ({', '.join(named)}). "
-                            "Choose another folder, or delete this one.")
-    if not (folder / "plan.json").exists():
-        write_json(folder / "plan.json", plan)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        remove_partial_files(folder)
+        remove_partial_files(folder / "shards")
+        differences = _differences(folder / "plan.json", plan)
+        if differences == [PICTURES] and (folder / "manifest.json").exists():  # they may be deleted after
+            LOGGER.warning("%s is finished, from other pictures than are there now, and is used as it is. Delete it to build it "
+                           "anew.", folder)
+            return RelationDataset(folder).manifest
+        if differences:
+            named = ("other pictures are in the folder" if name == PICTURES else name for name in differences)
+            raise TrainingError(f"{folder} holds a dataset that was begun with other settings ({', '.join(named)}). "
+                                "Choose another folder, or delete this one.")
+        if not (folder / "plan.json").exists():
+            write_json(folder / "plan.json", plan)
+        manifest = _manifest(plan, _build_shards(folder, candidates, source, maker, batch, seed, on_progress))
+        write_json(folder / "manifest.json", manifest)
+    if names := manifest.get("unreadable"):
+        LOGGER.warning("%d picture files could not be read and were passed over: %s. manifest.json lists them.", len(names),
+                       _some(names))
+    return manifest
+
+
+def _build_shards(folder: Path, candidates: Sequence[Candidate], source: Source, maker: MapMaker, batch: int, seed: int,
+                  on_progress: Callable[[BuildProgress], None]) -> dict[str, Shard]:
+    """Makes the shards that are not there yet; all of them by name."""
+    listed = _listed_shards(folder)
     found: dict[str, Shard] = {}
     done = 0
-    jobs = list(_jobs(candidates, batch))
-    for name, members in jobs:
-        path = shards / name
-        shard = _read_shard(path) if path.exists() else None
+    for name, members in _jobs(candidates, batch):
+        path = folder / "shards" / name
+        shard = _usable_shard(path, members, listed.get(name))
         if shard is None:
-            maps, shard = _make_shard(members, source, maker, seed)
-            replace_file(path, _shard_bytes(maps, shard))
+            content, shard = shard_bytes(*_make_shard(members, source, maker, seed))
+            replace_file(path, content)
         found[name] = shard
         done += len(members)
         on_progress(BuildProgress(done, len(candidates), sum(len(shard.samples) for shard in found.values()),
-                             sum(len(shard.drops) for shard in found.values())))
-    manifest = _manifest(plan, found)
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+                                  sum(len(shard.drops) for shard in found.values())))
+    return found
+
+
+def _usable_shard(path: Path, members: Sequence[Candidate], sha256: str | None) -> Shard | None:
+    """The shard that is there already; None where it must be made again: missing, damaged (by the disk: a kill leaves none),
+    of other pictures, or another one than the manifest lists."""
+    try:
+        shard = read_shard(path) if path.exists() else None
+    except FileFault as error:
+        LOGGER.warning("%s: %s. It is made again.", path, error)
+        return None
+    if shard is None or shard.candidates != len(members) or shard.pictures != {member.picture for member in members}:
+        return None
+    return shard if sha256 in (None, shard.sha256) else None
+
+
+def _listed_shards(folder: Path) -> dict[str, str]:
+    """Checksums by name, of the manifest that is there already; none of one that is damaged, which is written again."""
+    try:
+        return {name: entry["sha256"] for name, entry in read_json(folder / "manifest.json")["shards"].items()}
+    except (TrainingError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def wrong_relation(seed: int, example: Example) -> str:
@@ -194,23 +202,6 @@ def _differences(path: Path, plan: dict) -> list[str]:
     return [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
 
 
-def _shard_bytes(maps: Tensor, shard: Shard) -> bytes:
-    return save({"maps": maps.contiguous()}, {METADATA_KEY: json.dumps(asdict(shard))})
-
-
-def _read_shard(path: Path) -> Shard | None:
-    """None for a file that is damaged (by the disk: a kill leaves none), so that it is made again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads(file.metadata()[METADATA_KEY])
-            rows = file.get_slice("maps").get_shape()[0]
-        shard = Shard(content["candidates"], tuple(Sample(**sample) for sample in content["samples"]),
-                      tuple(Drop(**drop) for drop in content["drops"]), content["channels"])
-        return shard if rows == len(shard.samples) else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None
-
-
 def _manifest(plan: dict, shards: dict[str, Shard]) -> dict:
     splits = {}
     for split in SPLITS:
@@ -227,35 +218,56 @@ def _manifest(plan: dict, shards: dict[str, Shard]) -> dict:
             "psnr_mean": round(sum(quality) / len(quality), 3) if quality else None,
             "psnr_least": min(quality, default=None)}
     channels = {shard.channels for shard in shards.values() if shard.samples}
+    drops = [drop for shard in shards.values() for drop in shard.drops]
+    unreadable = sorted({drop.picture for drop in drops if drop.reason == UNREADABLE})
+    if not channels:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(drop.reason for drop in drops).items())
+        pictures = f"; files that cannot be read: {_some(unreadable)}" if unreadable else ""
+        raise TrainingError(f"No picture gives a usable sample ({reasons}{pictures}). Choose other pictures or settings, and "
+                            "another folder.")
     if len(channels) > 1:
         raise TrainingError(f"The shards hold maps of different models ({sorted(channels)} channels). Delete the "
                             "folder and build it again.")
-    return {**plan, "channels": channels.pop() if channels else 0, "splits": splits}
+    listed = {name: {"samples": len(shard.samples), "sha256": shard.sha256} for name, shard in shards.items()}
+    return {**plan, "channels": channels.pop(), "splits": splits, "shards": listed, "unreadable": unreadable}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(name[:100] for name in names[:_NAMED]) + more
 
 
 class RelationDataset:
     """A finished dataset; maps stay on the disk until they are asked for (safetensors maps files into memory)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises TrainingError for a folder without a finished dataset."""
+        """Raises TrainingError for a folder without a finished dataset, or with a manifest that is damaged."""
         self.folder = Path(folder)
-        if not (self.folder / "manifest.json").is_file():
+        path = self.folder / "manifest.json"
+        if not path.is_file():
             state = "is not finished: go on with the command that began it" if (self.folder / "plan.json").is_file() \
                 else "holds no dataset: build one with `python -m training build`"
             raise TrainingError(f"{self.folder} {state}.")
-        self.manifest = read_json(self.folder / "manifest.json")
+        self.manifest = read_json(path)
         if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
             raise TrainingError(f"{self.folder} holds a dataset of another format. Build it again.")
-        self.channels = self.manifest["channels"]
-        self.timesteps = tuple(self.manifest["maps"]["timesteps"])
+        with faults_of(path, _AGAIN):
+            self.channels, self.timesteps = _check_manifest(self.manifest)
+
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, without the entries that older ones lack: a dataset keeps it when they are added."""
+        known = {name: value for name, value in self.manifest.items() if name not in ADDED}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def read(self, split: str) -> tuple[list[Sample], list[Tensor]]:
         """Samples of a split and, in step, their maps: [steps, 2, channels, size, size] fp16 each."""
+        size = self.manifest["maps"]["size"]
         samples, maps = [], []
         for path, shard in self._shards(split):
             if shard.samples:
-                with safe_open(path, framework="pt") as file:
-                    maps.extend(file.get_tensor("maps").unbind(0))
+                with faults_of(path, f"Delete it. {_AGAIN}"):
+                    maps.extend(read_maps(path, shard, (len(self.timesteps), 2, self.channels, size, size)).unbind(0))
                 samples.extend(shard.samples)
         return samples, maps
 
@@ -264,8 +276,46 @@ class RelationDataset:
         return {sample.picture for _, shard in self._shards(split) for sample in shard.samples}
 
     def _shards(self, split: str) -> Iterator[tuple[Path, Shard]]:
-        for path in sorted((self.folder / "shards").glob(f"{split}-*.safetensors")):
-            shard = _read_shard(path)
-            if shard is None:
-                raise TrainingError(f"{path} is damaged. Delete it and go on with the command that built the dataset.")
-            yield path, shard
+        """All shards of a split, held against the manifest."""
+        folder, listed = self.folder / "shards", self.manifest.get("shards")
+        there = {path.name for path in folder.glob(f"{split}-*.safetensors")}
+        names = there if listed is None else {name for name in listed if name.startswith(f"{split}-")}
+        if foreign := there - names:
+            raise TrainingError(f"{folder / min(foreign)} does not belong to the dataset: its manifest does not list it. "
+                                "Take it away.")
+        samples = 0
+        for name in sorted(names):
+            with faults_of(folder / name, f"Delete it. {_AGAIN}" if name in there else _AGAIN):
+                shard = read_shard(folder / name)
+                if listed is not None and listed[name]["sha256"] != shard.sha256:
+                    raise FileFault("the file is another one than the manifest lists")
+            samples += len(shard.samples)
+            yield folder / name, shard
+        if samples != (wanted := self.manifest["splits"][split]["samples"]):
+            raise TrainingError(f"{folder} holds {samples} samples for {split}, but its manifest lists {wanted}: shards are "
+                                f"missing or were added. {_AGAIN}")
+
+
+_AGAIN = "Go on with the command that built the dataset: it makes what is missing."
+
+
+def _check_manifest(manifest: dict) -> tuple[int, tuple[int, ...]]:
+    """Channels and timesteps. Raises FileFault naming the entry at fault."""
+    entries = Entries(manifest)
+    maps = entries.group("maps")
+    maps.text("backbone", BACKBONES)
+    maps.text("normalise", NORMALISATIONS)
+    maps.whole("size", 1, 65536)
+    timesteps, steps = maps.wholes("timesteps"), maps.whole("steps", 1)
+    if not timesteps or max(timesteps) >= steps:
+        raise FileFault(f"maps.timesteps must be step indices below {steps}")
+    entries.text("licence")
+    entries.group("source").text("kind")
+    for split in SPLITS:
+        entries.group("splits").group(split).whole("samples")
+    listed = entries.group("shards", default=None) if manifest.get("shards") is not None else None
+    for name in listed.values if listed else ():
+        if not re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5,9}}\.safetensors", name):
+            raise FileFault("shards lists a name that no shard has")
+        listed.group(name).text("sha256")
+    return entries.whole("channels", 0, 65536), timesteps

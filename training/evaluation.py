@@ -1,6 +1,7 @@
 """How right a relation network is, on true-caption and wrong-caption maps, per step and relation: numbers, charts."""
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pictures.overlays import curve_chart, matrix_chart, save_png
+from ..files.writing import replace_file
+from ..pictures.canvas import to_pillow
+from ..pictures.overlays import curve_chart, matrix_chart
 from ..prompts.relations import RELATIONS
 from .data import Data, EpochResult, Item
 
@@ -81,16 +84,23 @@ def _mean(right: Tensor) -> float:
 def save_charts(folder: Path, history: Sequence[EpochResult], best_epoch: int,
                 results: Mapping[str, Evaluation]) -> None:
     """loss.png, accuracy.png over the epochs; confusion.png and per_step.png of each result."""
-    save_png(loss_chart(history, best_epoch), folder / "loss.png")
+    _save(loss_chart(history, best_epoch), folder / "loss.png")
     accuracy = [(epoch, result.validation_accuracy) for epoch, result in enumerate(history, 1)]
     chart = curve_chart({"validation": accuracy}, "Accuracy", "epoch", "accuracy", y_range=(0, 1))
-    save_png(chart, folder / "accuracy.png")
+    _save(chart, folder / "accuracy.png")
     for number, (name, result) in enumerate(results.items()):
         suffix = "" if number == 0 else "_held_out"
-        save_png(confusion_chart(name, result), folder / f"confusion{suffix}.png")
+        _save(confusion_chart(name, result), folder / f"confusion{suffix}.png")
         lines = {kind: list(steps.items()) for kind, steps in result.by_step.items()}
-        save_png(curve_chart(lines, f"Accuracy by denoising step ({name})", "step index", "accuracy", y_range=(0, 1)),
+        _save(curve_chart(lines, f"Accuracy by denoising step ({name})", "step index", "accuracy", y_range=(0, 1)),
                  folder / f"per_step{suffix}.png")
+
+
+def _save(chart: Tensor, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    content = io.BytesIO()
+    to_pillow(chart).save(content, format="PNG")
+    replace_file(path, content.getvalue())
 
 
 def loss_chart(history: Sequence[EpochResult], best_epoch: int) -> Tensor:

@@ -5,8 +5,9 @@ import csv
 import hashlib
 import logging
 import random
+import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,12 +17,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files.faults import shown
+from ..files.reading import iterate_json, read_text
 from ..prompts.predicates import parse_predicate
 from ..prompts.relations import OPPOSITE, RELATIONS, RelationError
-from .storage import TrainingError, read_json
+from .storage import TrainingError, faults_of
 
 LOGGER = logging.getLogger("learn_to_steer")
 SPLITS = ("train", "validation", "test")
+UNREADABLE = "picture file cannot be read"
+COLUMNS = ("file", "subject", "relation", "object")
+LARGEST_TABLE = 2 ** 28
+_SEPARATORS = (",", ";", "\t")
 Box = tuple[float, float, float, float]
 
 
@@ -156,8 +163,8 @@ class LabelledPictures:
         try:
             with Image.open(self.paths[label.picture]) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError):
-            return Drop(label.picture, "picture file cannot be read")
+        except Exception:  # whatever Pillow's readers of each format raise on damaged bytes: there is no closed list
+            return Drop(label.picture, UNREADABLE)
         square = square_around(image.size, label.boxes)
         if square is None:
             return Drop(label.picture, "objects do not fit into a square")
@@ -194,33 +201,41 @@ def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str
     file: relative to the folder. A row that is there twice counts once; a pair of which several relations hold is left
     out. Raises TrainingError naming the row at fault.
     """
-    rows = _read_table(table)
+    root = folder.resolve()
     labels: dict[Label, None] = {}
     paths = {}
-    for number, row in enumerate(rows, 2 if table.suffix.lower() == ".csv" else 1):
+    for number, row in _read_table(table):
         place = f"{table.name}, row {number}"
-        if not isinstance(row, Mapping):
-            raise TrainingError(f"{place}: must be an object with file, subject, relation, object.")
-        missing = [name for name in ("file", "subject", "relation", "object") if not str(row.get(name) or "").strip()]
-        if missing:
-            raise TrainingError(f"{place}: {', '.join(missing)} is missing. Each row needs file, subject, relation and "
-                                "object.")
-        split = str(row.get("split") or "").strip() or None
-        if split is not None and split not in SPLITS:
-            raise TrainingError(f"{place}: split is {split!r}, but must be one of {', '.join(SPLITS)}, or empty.")
-        path = (folder / str(row["file"]).strip()).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise TrainingError(f"{place}: {row['file']!r} lies outside the folder {folder}.")
-        picture = path.relative_to(folder.resolve()).as_posix()  # one name for a file, however the table writes it
+        label, path = _read_row(row, place, root)
+        labels[label] = None
         if path.is_file():
-            paths[picture] = path
-        subject, relation, other = str(row["subject"]).strip(), str(row["relation"]), str(row["object"]).strip()
-        if numbered := next((words for words in (subject, other) if "#" in words), None):
-            raise TrainingError(f"{place}: {numbered!r} cannot be found in a caption. Name the object in words alone.")
-        labels[Label(picture, subject, _one_relation(relation, place), other, split)] = None
+            paths[label.picture] = path
     if not labels:
         raise TrainingError(f"{table} has no rows.")
     return LabelledPictures(_single(labels, table), paths, size, quota, "folder", licence)
+
+
+def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path]:
+    for name in (*COLUMNS, "split"):
+        if not isinstance(row.get(name), (str, type(None))):
+            raise TrainingError(f"{place}: {name} is {shown(row[name])}, but must be a text.")
+    values = {name: (row.get(name) or "").strip() for name in (*COLUMNS, "split")}
+    missing = [name for name in COLUMNS if not values[name]]
+    if missing:
+        raise TrainingError(f"{place}: {', '.join(missing)} is missing. Each row needs file, subject, relation and object.")
+    if values["split"] and values["split"] not in SPLITS:
+        raise TrainingError(f"{place}: split is {shown(values['split'])}, but must be one of {', '.join(SPLITS)}, or empty.")
+    try:
+        path = (root / values["file"]).resolve()
+    except (OSError, ValueError, RuntimeError):
+        raise TrainingError(f"{place}: {shown(values['file'])} is not the name of a file.") from None
+    if not path.is_relative_to(root):
+        raise TrainingError(f"{place}: {shown(values['file'])} lies outside the folder {root}.")
+    if numbered := next((words for words in (values["subject"], values["object"]) if "#" in words), None):
+        raise TrainingError(f"{place}: {shown(numbered)} cannot be found in a caption. Name the object in words alone.")
+    picture = path.relative_to(root).as_posix()  # one name for a file, however the table writes it
+    return Label(picture, values["subject"], _one_relation(values["relation"], place), values["object"],
+                 values["split"] or None), path
 
 
 def _single(labels: Iterable[Label], table: Path) -> list[Label]:
@@ -239,19 +254,28 @@ def _pair(label: Label) -> tuple[str, ...]:
     return label.picture, *sorted((label.subject.lower(), label.object.lower()))
 
 
-def _read_table(table: Path) -> list:
+def _read_table(table: Path) -> Iterator[tuple[int, Mapping]]:
+    """Rows with their numbers: of a CSV file's lines, of a JSON list from 1."""
     if table.suffix.lower() == ".json":
-        rows = read_json(table)
-        if not isinstance(rows, list):
-            raise TrainingError(f"{table}: must hold a list of objects with file, subject, relation, object.")
-        return rows
+        with faults_of(table, "The table must be a list of objects with file, subject, relation, object."):
+            yield from iterate_json(table, list)
+        return
+    with faults_of(table, "Save the table as CSV in UTF-8 (in Excel: \"CSV UTF-8\")."):
+        text = read_text(table, LARGEST_TABLE)
+    header = text.partition("\n")[0]
+    separator = next((mark for mark in _SEPARATORS if set(COLUMNS) <= {
+        name.strip().strip('"') for name in header.rstrip("\r").split(mark)}), None)
+    if separator is None:
+        raise TrainingError(f"{table}: the first line must name the columns {', '.join(COLUMNS)} (and split, if you like), with "
+                            "commas, semicolons or tabs between them.")
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise TrainingError(f"There is no table {table}.") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TrainingError(f"{table} cannot be read as CSV ({error}).") from error
+        lines = (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))  # a list would take many times the text
+        rows = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        yield from enumerate(rows, 2)
+    except csv.Error:
+        raise TrainingError(f"{table}, line {rows.line_num}: it cannot be read as CSV. Look for a quotation mark that is not "
+                            "closed.") from None
 
 
 def _one_relation(words: str, place: str) -> str:
@@ -260,7 +284,7 @@ def _one_relation(words: str, place: str) -> str:
     except RelationError as error:
         raise TrainingError(f"{place}: {error}") from error
     if len(names) != 1:
-        raise TrainingError(f"{place}: {words!r} is a diagonal; a classifier is trained on {', '.join(RELATIONS)}.")
+        raise TrainingError(f"{place}: {shown(words)} is a diagonal; a classifier is trained on {', '.join(RELATIONS)}.")
     return names[0]
 
 

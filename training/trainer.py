@@ -5,9 +5,9 @@ that was killed anywhere and goes on (same machine, same number of threads) ends
 """
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +22,11 @@ from ..classifiers.network import RelationNetwork, paper_config
 from ..files.writing import remove_partial_files, replace_file, write_json
 from ..prompts.relations import RELATIONS, VERTICAL
 from .data import Data, EpochResult, Item, check_splits, common_layout, read_split
-from .dataset import RelationDataset, Sample
+from .dataset import RelationDataset
 from .evaluation import Evaluation, evaluate, save_charts
+from .shards import Sample
 from .sources import SPLITS
-from .storage import TrainingError, read_json
+from .storage import TrainingError, alone_in, read_json
 
 CLASSIFIER_FILE = "classifier.safetensors"
 
@@ -56,6 +57,11 @@ class TrainingSettings:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}: {getattr(self, name)} leaves nothing to train. Give 1 or more.")
+        for name, least in (("learning_rate", "above 0"), ("weight_decay", "of 0 or more"), ("factor", "above 0"),
+                            ("least_rate", "of 0 or more")):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
+                raise TrainingError(f"{name}: {value} is not usable. Give a number {least}.")
 
     @staticmethod
     def for_backbone(backbone: str, **changes) -> TrainingSettings:
@@ -118,12 +124,13 @@ class TrainingRun:
                 raise TrainingError(f"The dataset has no samples to use in its {split} split. Build it with pictures "
                                     "for training and validation, or hold out fewer objects.")
         self.plan = json.loads(json.dumps({
-            "datasets": [hashlib.sha256(json.dumps(data.manifest, sort_keys=True).encode()).hexdigest()
-                         for data in datasets],
+            "datasets": [data.sha256 for data in datasets],
             "settings": asdict(settings), "network": self.config.to_dict()}))
         self.results: dict[str, Evaluation] = {}
         with torch.inference_mode(False):  # the host runs nodes under inference mode
-            self._begin()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with alone_in(self.folder):
+                self._begin()
 
     def _choose(self, data: Data) -> list[Item]:
         def wanted(sample: Sample) -> bool:
@@ -133,7 +140,6 @@ class TrainingRun:
         return [item for item in data.items() if wanted(data.samples[item.row])]
 
     def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         remove_partial_files(self.folder)
         plan = self.folder / "plan.json"
         if plan.exists() and read_json(plan) != self.plan:
@@ -182,7 +188,7 @@ class TrainingRun:
     def run(self, on_progress: Callable[[TrainingProgress], None] = lambda progress: None) -> LearnedClassifier:
         """Trains to the end and writes what came out. on_progress: after each batch; what it raises stops the run, and
         the same run goes on from its last epoch."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), alone_in(self.folder):
             while not self.is_over:
                 self._epoch(on_progress)
                 self._save()
@@ -225,12 +231,17 @@ class TrainingRun:
         replace_file(self.folder / "state.pt", buffer.getvalue())
 
     def _load(self) -> None:
-        state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.best = state["best"]
-        self.history = [EpochResult(**result) for result in state["history"]]
+        path = self.folder / "state.pt"
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.best = state["best"]
+            self.history = [EpochResult(**result) for result in state["history"]]
+        except Exception as error:  # whatever torch raises on damaged bytes: there is no closed list
+            raise TrainingError(f"{path} is damaged or cut off, so that the run cannot go on. Delete it, and the run begins "
+                                "anew.") from error
 
     def _finish(self) -> LearnedClassifier:
         results = self.results = self._evaluate()
