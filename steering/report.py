@@ -1,17 +1,22 @@
-"""What steering did: one record an update, kept as plain numbers."""
+"""What steering did: one record an update, kept as plain numbers, and what a user should know of the run."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+
+MOVED, SATISFIED, NO_GRADIENT, NON_FINITE, NOT_RECORDED = OUTCOMES = (
+    "moved", "satisfied", "no gradient", "non-finite gradient", "not recorded")
 
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """One look at the maps inside a denoising step, and the move that followed it, if any.
+    """One evaluation within a denoising step, and the move that followed it, if any.
 
     Per picture of the batch: loss (the descended one), probability[picture][relation] of the relation asked for,
-    gradient_norm (model-input space; None where no gradient was taken), moved. outcome: "moved", "satisfied" (every
-    picture reached the stopping probability), "non-finite gradient" or "not recorded".
+    gradient_norm (model-input space; None where no gradient was taken), moved (along its gradient). outcome, one of
+    OUTCOMES: "moved": at least one picture was; "satisfied": every picture has reached the target; "no gradient": the
+    gradient is exactly 0; "non-finite gradient": of at least one picture; "not recorded": the model's attention was not seen.
     """
 
     step: int
@@ -25,16 +30,52 @@ class UpdateRecord:
     outcome: str
     seconds: float
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether a picture was moved, by a gradient other than 0."""
+        return any(moved and norm != 0 for moved, norm in zip(self.moved, self.gradient_norm or (), strict=False))
+
 
 @dataclass(frozen=True)
 class SteeringReport:
-    """relations: in words; steps: length of the schedule; notes: what the user should know about this run."""
+    """relations: in words; steps: length of the schedule; notes: what the user should know about this run; warnings: why
+    steering did not do what it was asked to; stages: lengths of the schedules, where the latent went through several runs."""
 
     relations: tuple[str, ...]
     classifier: str
     steps: int
     records: tuple[UpdateRecord, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+
+    @staticmethod
+    def of_stages(stages: Sequence[SteeringReport]) -> SteeringReport:
+        """One report of the runs that a latent went through, in order. Steps count on from one run to the next.
+
+        A stage in which nothing was steered is nothing to warn of where another was.
+        """
+        records, notes, warnings, before = [], [], [], 0
+        for number, stage in enumerate(stages, 1):
+            records += [replace(record, step=record.step + before) for record in stage.records]
+            notes += [f"stage {number}: {note}" for note in stage.notes]
+            warnings += [f"stage {number}: {warning}" for warning in stage.warnings]
+            before += stage.steps
+        whole = replace(stages[-1], steps=before, records=tuple(records), stages=tuple(stage.steps for stage in stages))
+        if whole.effect in ("steered", "satisfied"):
+            return replace(whole, notes=(*warnings, *notes), warnings=())
+        return replace(whole, notes=tuple(notes), warnings=tuple(warnings))
+
+    @property
+    def effect(self) -> str:
+        """"steered": updates moved the latent; "satisfied": there was nothing to move; "no effect": updates were tried, none
+        moved anything; "not recorded": the model's attention was never seen; "not steered": nothing was tried."""
+        if any(record.has_effect for record in self.records):
+            return "steered"
+        if self.gradient_evaluations:
+            return "no effect"
+        outcomes = {record.outcome for record in self.records}
+        return "not steered" if not outcomes else "not recorded" if outcomes == {NOT_RECORDED} else "satisfied"
 
     @property
     def gradient_evaluations(self) -> int:
@@ -47,17 +88,29 @@ class SteeringReport:
     @property
     def skipped(self) -> int:
         """Updates left out because their gradient was not finite."""
-        return sum(record.outcome == "non-finite gradient" for record in self.records)
+        return sum(record.outcome == NON_FINITE for record in self.records)
+
+    @property
+    def without_gradient(self) -> int:
+        """Updates that moved nothing because the gradient was exactly 0."""
+        return sum(record.outcome != NON_FINITE and record.gradient_norm is not None and not any(record.gradient_norm)
+                   for record in self.records)
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
+        return {**asdict(self), "effect": self.effect, "gradient_evaluations": self.gradient_evaluations,
+                "seconds": self.seconds}
 
     def to_text(self) -> str:
-        """A few lines for a person, then a table."""
-        lines = [f"classifier: {self.classifier}"] + [f"relation: {relation}" for relation in self.relations]
+        """Warnings and what came of the run, a few lines for a person, then a table."""
+        lines = [f"WARNING: {warning}" for warning in self.warnings] + [f"effect: {self._effect_in_words()}"]
+        lines += [f"classifier: {self.classifier}"] + [f"relation: {relation}" for relation in self.relations]
         lines += [f"note: {note}" for note in self.notes]
+        if len(self.stages) > 1:
+            firsts = [sum(self.stages[:number]) for number in range(len(self.stages))]
+            lines.append(f"{len(self.stages)} sampler runs led to this latent; they begin with steps "
+                         + ", ".join(map(str, firsts)))
         if not self.records:
-            return "\n".join([*lines, "nothing was steered"])
+            return "\n".join(lines)
         outcomes = Counter(record.outcome for record in self.records)
         lines.append(f"{self.gradient_evaluations} gradient evaluations in {len({r.step for r in self.records})} of "
                      f"{self.steps} steps, {self.seconds:.1f} s; "
@@ -72,3 +125,48 @@ class SteeringReport:
             lines.append(f"{record.step:4d} {record.update:6d} {record.sigma:6.2f} {loss}  {norm}  {shares:>11}  "
                          f"{record.outcome}")
         return "\n".join(lines)
+
+    def _effect_in_words(self) -> str:
+        moves = [record for record in self.records if record.has_effect]
+        return {
+            "steered": f"{len(moves)} updates in {len({record.step for record in moves})} of {self.steps} steps moved the latent",
+            "satisfied": "nothing had to be moved, every relation was satisfied when a step began",
+            "no effect": f"none, {self.gradient_evaluations} updates moved nothing",
+            "not recorded": "none, nothing was steered",
+            "not steered": "none, nothing was steered",
+        }[self.effect]
+
+
+def shortcomings(report: SteeringReport, inactive: Collection[int], obstacle: str) -> SteeringReport:
+    """The report with what its records show of updates that came to nothing: warnings where that is all of the run, notes
+    where it is a part.
+
+    inactive: steps in which no conditioning that names the objects was active; obstacle: why nothing was recorded elsewhere.
+    """
+    steps = {record.step for record in report.records}
+    unread = {record.step for record in report.records if record.outcome == NOT_RECORDED}
+    tried, flat, broken = report.gradient_evaluations, report.without_gradient, report.skipped
+    found = []
+    if asleep := unread & set(inactive):
+        found.append((len(asleep) == len(steps), f"nothing was steered in {_all_or_some(asleep, steps)} where steering was to "
+                      "work: no conditioning that names the objects is active there. Its timestep range begins later or ends "
+                      "earlier. Change that range, or start_percent and end_percent"))
+    if unseen := unread - set(inactive):
+        found.append((len(unseen) == len(steps), f"nothing was steered in {_all_or_some(unseen, steps)} where steering was to "
+                      f"work: nothing was recorded. {obstacle}"))
+    if flat:
+        found.append((flat == tried, f"in {flat} of {tried} updates the gradient was 0, so "
+                      f"{'steering had no effect' if flat == tried else 'they moved nothing'}: what the classifier sees does not "
+                      "depend on the latent there. Look for a conditioning that was zeroed, a noise mask or an area that leaves "
+                      "nothing to change, or another pack that replaces the cross-attention"))
+    if broken:
+        nothing = report.effect == "no effect" and not flat
+        found.append((nothing, f"in {broken} of {tried} updates the gradient was not finite"
+                      + (", so steering had no effect. Look at the picture without steering: where it is black or noise, the "
+                         "model itself overflows in its number format" if nothing else "; these moved nothing")))
+    return replace(report, warnings=(*report.warnings, *(text for all_of_it, text in found if all_of_it)),
+                   notes=(*report.notes, *(text for all_of_it, text in found if not all_of_it)))
+
+
+def _all_or_some(part: Collection[int], whole: Collection[int]) -> str:
+    return f"all {len(whole)} steps" if len(part) == len(whole) else f"{len(part)} of {len(whole)} steps"
