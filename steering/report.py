@@ -127,14 +127,13 @@ class SteeringReport:
         return "\n".join(lines)
 
     def _effect_in_words(self) -> str:
-        moves = [record for record in self.records if record.has_effect]
+        moves = [record.step for record in self.records if record.has_effect]
+        plural = "" if len(moves) == 1 else "s"
         return {
-            "steered": f"{len(moves)} updates in {len({record.step for record in moves})} of {self.steps} steps moved the latent",
+            "steered": f"{len(moves)} update{plural} in {len(set(moves))} of {self.steps} steps moved the latent",
             "satisfied": "nothing had to be moved, every relation was satisfied when a step began",
             "no effect": f"none, {self.gradient_evaluations} updates moved nothing",
-            "not recorded": "none, nothing was steered",
-            "not steered": "none, nothing was steered",
-        }[self.effect]
+        }.get(self.effect, "none, nothing was steered")
 
 
 def shortcomings(report: SteeringReport, inactive: Collection[int], obstacle: str) -> SteeringReport:
@@ -169,4 +168,6 @@ def shortcomings(report: SteeringReport, inactive: Collection[int], obstacle: st
 
 
 def _all_or_some(part: Collection[int], whole: Collection[int]) -> str:
+    if len(whole) == 1:
+        return "the one step"
     return f"all {len(whole)} steps" if len(part) == len(whole) else f"{len(part)} of {len(whole)} steps"
