@@ -18,7 +18,7 @@ from ..prompts.relations import RelationGraph
 from ..steering.attention import FORWARD_KEY, AttentionMaps
 from ..steering.objective import judge
 from ..steering.optimizer import Evaluation, displacement, steer_step
-from ..steering.report import SteeringReport, UpdateRecord, shortcomings
+from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .records import Run
@@ -156,15 +156,14 @@ class SteeringSession(Session):
 
     def report(self) -> SteeringReport:
         settings = self.steering.settings
-        warnings = () if self.window else (f"not steered: {self.outside_the_window(settings.start, settings.end)}",)
-        report = SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
-                                tuple(self.records), self.notes(), warnings)
-        return shortcomings(report, self.inactive, NOTHING_SEEN)
+        reasons = () if self.window else (f"not steered: {self.outside_the_window(settings.start, settings.end)}",)
+        return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
+                              tuple(self.records), self.notes(), reasons, tuple(sorted(self.inactive)), NOTHING_SEEN)
 
     def result(self) -> Run:
         report, maps = self.report(), self.record()
         for warning in report.warnings:
             log.warning("%s", warning)
         if not maps.steps:
-            maps = dataclasses.replace(maps, notes=(*report.warnings, *report.notes))
+            maps = dataclasses.replace(maps, notes=(*report.warnings, *report.remarks))
         return Run(maps, report, report.steps)

@@ -38,15 +38,18 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class SteeringReport:
-    """relations: in words; steps: length of the schedule; notes: what the user should know about this run; warnings: why
-    steering did not do what it was asked to; stages: lengths of the schedules, where the latent went through several runs."""
+    """relations: in words; steps: length of the schedule; notes: what the user should know about this run; reasons: why no
+    step was worked on at all; inactive: steps in which no conditioning that names the objects was active; obstacle: why nothing
+    was recorded in others; stages: lengths of the schedules, where the latent went through several runs."""
 
     relations: tuple[str, ...]
     classifier: str
     steps: int
     records: tuple[UpdateRecord, ...]
     notes: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    inactive: tuple[int, ...] = ()
+    obstacle: str = ""
     stages: tuple[int, ...] = ()
 
     @staticmethod
@@ -55,16 +58,29 @@ class SteeringReport:
 
         A stage in which nothing was steered is nothing to warn of where another was.
         """
-        records, notes, warnings, before = [], [], [], 0
+        records, inactive, notes, reasons, before = [], [], [], [], 0
         for number, stage in enumerate(stages, 1):
             records += [replace(record, step=record.step + before) for record in stage.records]
+            inactive += [step + before for step in stage.inactive]
             notes += [f"stage {number}: {note}" for note in stage.notes]
-            warnings += [f"stage {number}: {warning}" for warning in stage.warnings]
+            reasons += [f"stage {number}: {reason}" for reason in stage.reasons]
             before += stage.steps
-        whole = replace(stages[-1], steps=before, records=tuple(records), stages=tuple(stage.steps for stage in stages))
-        if whole.effect in ("steered", "satisfied"):
-            return replace(whole, notes=(*warnings, *notes), warnings=())
-        return replace(whole, notes=tuple(notes), warnings=tuple(warnings))
+        whole = replace(stages[-1], steps=before, records=tuple(records), inactive=tuple(inactive),
+                        obstacle=next((stage.obstacle for stage in stages if stage.obstacle), ""),
+                        stages=tuple(stage.steps for stage in stages))
+        if records:
+            return replace(whole, notes=(*reasons, *notes), reasons=())
+        return replace(whole, notes=tuple(notes), reasons=tuple(reasons))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why steering did not do what it was asked to."""
+        return (*self.reasons, *(text for all_of_it, text in self._findings() if all_of_it))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and what came to nothing in a part of the run."""
+        return (*self.notes, *(text for all_of_it, text in self._findings() if not all_of_it))
 
     @property
     def effect(self) -> str:
@@ -97,14 +113,14 @@ class SteeringReport:
                    for record in self.records)
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "effect": self.effect, "gradient_evaluations": self.gradient_evaluations,
-                "seconds": self.seconds}
+        return {**asdict(self), "effect": self.effect, "warnings": self.warnings,
+                "gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
 
     def to_text(self) -> str:
         """Warnings and what came of the run, a few lines for a person, then a table."""
         lines = [f"WARNING: {warning}" for warning in self.warnings] + [f"effect: {self._effect_in_words()}"]
         lines += [f"classifier: {self.classifier}"] + [f"relation: {relation}" for relation in self.relations]
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.remarks]
         if len(self.stages) > 1:
             firsts = [sum(self.stages[:number]) for number in range(len(self.stages))]
             lines.append(f"{len(self.stages)} sampler runs led to this latent; they begin with steps "
@@ -135,36 +151,31 @@ class SteeringReport:
             "no effect": f"none, {self.gradient_evaluations} updates moved nothing",
         }.get(self.effect, "none, nothing was steered")
 
-
-def shortcomings(report: SteeringReport, inactive: Collection[int], obstacle: str) -> SteeringReport:
-    """The report with what its records show of updates that came to nothing: warnings where that is all of the run, notes
-    where it is a part.
-
-    inactive: steps in which no conditioning that names the objects was active; obstacle: why nothing was recorded elsewhere.
-    """
-    steps = {record.step for record in report.records}
-    unread = {record.step for record in report.records if record.outcome == NOT_RECORDED}
-    tried, flat, broken = report.gradient_evaluations, report.without_gradient, report.skipped
-    found = []
-    if asleep := unread & set(inactive):
-        found.append((len(asleep) == len(steps), f"nothing was steered in {_all_or_some(asleep, steps)} where steering was to "
-                      "work: no conditioning that names the objects is active there. Its timestep range begins later or ends "
-                      "earlier. Change that range, or start_percent and end_percent"))
-    if unseen := unread - set(inactive):
-        found.append((len(unseen) == len(steps), f"nothing was steered in {_all_or_some(unseen, steps)} where steering was to "
-                      f"work: nothing was recorded. {obstacle}"))
-    if flat:
-        found.append((flat == tried, f"in {flat} of {tried} updates the gradient was 0, so "
-                      f"{'steering had no effect' if flat == tried else 'they moved nothing'}: what the classifier sees does not "
-                      "depend on the latent there. Look for a conditioning that was zeroed, a noise mask or an area that leaves "
-                      "nothing to change, or another pack that replaces the cross-attention"))
-    if broken:
-        nothing = report.effect == "no effect" and not flat
-        found.append((nothing, f"in {broken} of {tried} updates the gradient was not finite"
-                      + (", so steering had no effect. Look at the picture without steering: where it is black or noise, the "
-                         "model itself overflows in its number format" if nothing else "; these moved nothing")))
-    return replace(report, warnings=(*report.warnings, *(text for all_of_it, text in found if all_of_it)),
-                   notes=(*report.notes, *(text for all_of_it, text in found if not all_of_it)))
+    def _findings(self) -> list[tuple[bool, str]]:
+        """What came to nothing, and whether that is all of the run."""
+        steps = {record.step for record in self.records}
+        unread = {record.step for record in self.records if record.outcome == NOT_RECORDED}
+        asleep, unseen = unread & set(self.inactive), unread - set(self.inactive)
+        tried, flat, broken = self.gradient_evaluations, self.without_gradient, self.skipped
+        found = []
+        if asleep:
+            found.append((asleep == steps, f"nothing was steered in {_all_or_some(asleep, steps)} where steering was to work: no "
+                          "conditioning that names the objects is active there. Its timestep range begins later or ends earlier. "
+                          "Change that range, or start_percent and end_percent"))
+        if unseen:
+            found.append((unseen == steps, f"nothing was steered in {_all_or_some(unseen, steps)} where steering was to work: "
+                          f"nothing was recorded. {self.obstacle}"))
+        if flat:
+            found.append((flat == tried, f"in {flat} of {tried} updates the gradient was 0, so "
+                          f"{'steering had no effect' if flat == tried else 'they moved nothing'}: what the classifier sees does "
+                          "not depend on the latent there. Look for a conditioning that was zeroed, a noise mask or an area that "
+                          "leaves nothing to change, or another pack that replaces the cross-attention"))
+        if broken:
+            nothing = self.effect == "no effect" and broken + flat == tried
+            found.append((nothing, f"in {broken} of {tried} updates the gradient was not finite, so "
+                          + ("steering had no effect. Look at the picture without steering: where it is black or noise, the "
+                             "model itself overflows in its number format" if nothing else "these moved nothing")))
+        return found
 
 
 def _all_or_some(part: Collection[int], whole: Collection[int]) -> str:

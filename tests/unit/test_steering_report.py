@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from learn_to_steer.steering.report import SteeringReport, UpdateRecord, shortcomings
+from learn_to_steer.steering.report import SteeringReport, UpdateRecord
 
 
 def record(step: int, outcome: str, *norms: float) -> UpdateRecord:
@@ -14,11 +14,7 @@ def record(step: int, outcome: str, *norms: float) -> UpdateRecord:
 
 
 def report(*records: UpdateRecord, **more) -> SteeringReport:
-    return SteeringReport(("dog above cat",), "geometric", 10, records, **more)
-
-
-def told(whole: SteeringReport, inactive=()) -> SteeringReport:
-    return shortcomings(whole, inactive, "Another pack is in the way")
+    return SteeringReport(("dog above cat",), "geometric", 10, records, obstacle="Another pack is in the way", **more)
 
 
 @pytest.mark.parametrize(("records", "effect"), [
@@ -43,21 +39,22 @@ def test_effect(records, effect: str):
 ], ids=["inactive", "unseen", "flat", "not finite"])
 def test_all_of_a_run_is_a_warning_and_a_part_of_it_a_note(records, inactive, words: str):
     """A warning stands in the first line; a note does not claim more than is so."""
-    (warning,) = told(report(*records), inactive).warnings
-    assert words in warning and told(report(*records), inactive).to_text().startswith(f"WARNING: {warning}\neffect: none")
-    partly = told(report(*records, record(7, "moved", 1.0)), inactive)
-    assert not partly.warnings and len(partly.notes) == 1 and "all" not in partly.notes[0] and "no effect" not in partly.notes[0]
+    whole, partly = (report(*found, inactive=tuple(inactive)) for found in (records, [*records, record(7, "moved", 1.0)]))
+    (warning,) = whole.warnings
+    assert words in warning and not whole.remarks and whole.to_text().startswith(f"WARNING: {warning}\neffect: none")
+    (note,) = partly.remarks
+    assert not partly.warnings and "all" not in note and "no effect" not in note and f"note: {note}" in partly.to_text()
     assert partly.to_text().startswith("effect: 1 update in 1 of 10 steps moved the latent\n")
 
 
 def test_a_run_in_order_has_nothing_to_add():
     fine = report(record(0, "moved", 1.0), record(1, "satisfied"))
-    assert told(fine, {5}) == fine
+    assert not fine.warnings and not fine.remarks
 
 
 def test_stages_become_one_report():
     first = report(record(1, "moved", 1.0), notes=("a",))
-    second = report(warnings=("not steered: late",))
+    second = report(reasons=("not steered: late",))
     whole = SteeringReport.of_stages([first, second])
     assert whole.records == first.records and whole.steps == 20 and whole.stages == (10, 10)
     assert not whole.warnings and whole.notes == ("stage 2: not steered: late", "stage 1: a")
