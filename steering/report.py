@@ -157,13 +157,13 @@ class SteeringReport:
         unread = {record.step for record in self.records if record.outcome == NOT_RECORDED}
         asleep, unseen = unread & set(self.inactive), unread - set(self.inactive)
         tried, flat, broken = self.gradient_evaluations, self.without_gradient, self.skipped
-        found = []
+        found, nothing_read = [], self.effect == "not recorded"
         if asleep:
-            found.append((asleep == steps, f"nothing was steered in {_all_or_some(asleep, steps)} where steering was to work: no "
+            found.append((nothing_read, f"nothing was steered in {_all_or_some(asleep, steps)} where steering was to work: no "
                           "conditioning that names the objects is active there. Its timestep range begins later or ends earlier. "
                           "Change that range, or start_percent and end_percent"))
         if unseen:
-            found.append((unseen == steps, f"nothing was steered in {_all_or_some(unseen, steps)} where steering was to work: "
+            found.append((nothing_read, f"nothing was steered in {_all_or_some(unseen, steps)} where steering was to work: "
                           f"nothing was recorded. {self.obstacle}"))
         if flat:
             found.append((flat == tried, f"in {flat} of {tried} updates the gradient was 0, so "
@@ -174,7 +174,7 @@ class SteeringReport:
             nothing = self.effect == "no effect" and broken + flat == tried
             found.append((nothing, f"in {broken} of {tried} updates the gradient was not finite, so "
                           + ("steering had no effect. Look at the picture without steering: where it is black or noise, the "
-                             "model itself overflows in its number format" if nothing else "these moved nothing")))
+                             "model itself overflows in its number format" if nothing else "these were left out")))
         return found
 
 

@@ -47,6 +47,12 @@ def test_all_of_a_run_is_a_warning_and_a_part_of_it_a_note(records, inactive, wo
     assert partly.to_text().startswith("effect: 1 update in 1 of 10 steps moved the latent\n")
 
 
+def test_two_reasons_share_a_run():
+    """Each explains a part, and together nothing was steered."""
+    whole = report(record(0, "not recorded"), record(1, "not recorded"), inactive=(1,))
+    assert len(whole.warnings) == 2 and not whole.remarks and all("in 1 of 2 steps" in warning for warning in whole.warnings)
+
+
 def test_a_run_in_order_has_nothing_to_add():
     fine = report(record(0, "moved", 1.0), record(1, "satisfied"))
     assert not fine.warnings and not fine.remarks
