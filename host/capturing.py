@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..steering.attention import AttentionMaps
-from .session import Session, map_grid
+from .session import NOTHING_SEEN, Session, map_grid
 from .stepping import SampledModel
 
 
@@ -34,6 +34,7 @@ class CaptureSession(Session):
         self.capture = capture
         self.recorder.active = False
         self.seen: AttentionMaps | None = None
+        self.layers_passed_over: tuple[str, ...] = ()
 
     def run(self, function, model, x, sigmas, extra_args, callback, options):
         window = self.schedule.window(self.capture.start, self.capture.end)
@@ -43,10 +44,11 @@ class CaptureSession(Session):
             self.network, model_options.get("transformer_options", {}), self.recorder, recompute_blocks=False)}
 
         def around(model, x, sigma, arguments):
-            self.recorder.active = step in window
+            self.recorder.active = step in window and self.choose(x, sigma) is not None
             try:
                 denoised = model(x, sigma, **arguments)
-                self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
+                if self.recorder.active:
+                    self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
                 return denoised
             finally:
                 self.recorder.active = False
@@ -61,9 +63,26 @@ class CaptureSession(Session):
         return function(SampledModel(model, around), x, sigmas, callback=watched_callback,
                         extra_args={**extra_args, "model_options": model_options}, **options)
 
+    def notes(self):
+        capture = self.capture
+        if self.steps:
+            return super().notes()
+        if not self.schedule.window(capture.start, capture.end):
+            return (f"nothing was recorded: {self.outside_the_window(capture.start, capture.end)}",)
+        if not self.most_active:
+            return ("nothing was recorded: no conditioning that names the words is active in the steps that were to be recorded. "
+                    "Change its timestep range, or start_percent and end_percent",)
+        if self.layers_passed_over:
+            return (f"nothing was recorded: no layer's name contains {' or '.join(capture.layers)}. Change 'layers' (this model "
+                    f"has {', '.join(self.layers_passed_over[:3])}, ...), or leave it empty",)
+        return (f"nothing was recorded. {NOTHING_SEEN}",)
+
     def _keep(self, step: int, x: Tensor) -> None:
         seen, self.seen = self.seen, None
-        layers = () if seen is None else tuple(layer for layer in seen.layers if self.capture.wants(layer.name))
+        if seen is None:
+            return
+        layers = tuple(layer for layer in seen.layers if self.capture.wants(layer.name))
         if layers:
-            maps = AttentionMaps(seen.phrases, layers)
-            self.keep(step, maps, map_grid(x, self.capture.resolution), self.capture.every)
+            self.keep(step, AttentionMaps(seen.phrases, layers), map_grid(x, self.capture.resolution), self.capture.every)
+        else:
+            self.layers_passed_over = tuple(layer.name for layer in seen.layers)

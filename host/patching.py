@@ -19,6 +19,7 @@ from .steering import Steering, SteeringSession
 from .stepping import RehearsedModel, SteeringError
 
 log = logging.getLogger("learn_to_steer")
+STEERING_KEY = "learn_to_steer"  # of the wrappers that steer
 ROOM = {False: 6, True: 2}
 """By `recompute`: memory of a gradient evaluation, as a multiple of what the host reserves for a pass."""
 
@@ -27,24 +28,34 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
     """A clone of the host's ModelPatcher that opens a session for each sampler run and files what it leaves."""
 
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *rest, **options):
-        if not hasattr(sampler, "sampler_function") or len(sigmas) < 2:
-            raise SteeringError(f"input 'sampler': {type(sampler).__name__} has no sampler function to watch, or the "
-                                "schedule has no step. Use a sampler of the host (KSampler, KSamplerSelect).")
-        sessions = []
+        if not hasattr(sampler, "sampler_function"):
+            raise SteeringError(f"input 'sampler': {type(sampler).__name__} has no sampler function to watch. Use a sampler of "
+                                "the host (KSampler, KSamplerSelect).")
+        session, denoised = None, None
 
         def sampler_function(model_k, x, sigmas, extra_args=None, callback=None, **more):
+            nonlocal session
             if isinstance(model_k, RehearsedModel):
                 return sampler.sampler_function(model_k, x, sigmas, extra_args=extra_args, callback=callback, **more)
+
+            def watched_callback(info: dict) -> None:
+                nonlocal denoised
+                denoised = info.get("denoised")
+                if callback is not None:
+                    callback(info)
+
             session = open_session(executor.class_obj, sigmas)
-            sessions.append(session)
-            return session.run(sampler.sampler_function, model_k, x, sigmas, extra_args, callback, more)
+            return session.run(sampler.sampler_function, model_k, x, sigmas, extra_args, watched_callback, more)
 
         watched = copy.copy(sampler)
         watched.sampler_function = functools.wraps(sampler.sampler_function)(sampler_function)
-        samples = executor(noise, latent_image, watched, sigmas, *rest, **options)
-        for session in sessions:
-            report = session.report() if isinstance(session, SteeringSession) else None
-            log_of_runs.runs.append(Run(samples.detach().float().cpu(), session.record(), report))
+        samples = executor(noise, latent_image, watched if len(sigmas) > 1 else sampler, sigmas, *rest, **options)
+        run = log_of_runs.blank("the schedule has no step to sample") if session is None else session.result()
+        # The host's custom samplers also give the last prediction of the clean latent, made from it in this way.
+        process = executor.class_obj.model_patcher.model.process_latent_out
+        run.found_by(samples, *(() if denoised is None else (process(denoised.cpu()),)))
+        run.before = log_of_runs.search(latent_image) if latent_image.count_nonzero() else None
+        log_of_runs.file(run)
         return samples
 
     patched = model.clone()
@@ -58,7 +69,7 @@ def apply_capture(model, capture: Capture) -> tuple[object, RunLog]:
     Raises UnsupportedModel for an architecture without a backbone.
     """
     find_backbone(model.model.diffusion_model)
-    runs = RunLog()
+    runs = RunLog(capture, lambda reason: Run(AttentionRecord(capture.phrases, (), (), (f"nothing was recorded: {reason}",))))
     return _patched(model, lambda *run: CaptureSession(*run, capture), runs, "learn_to_steer_capture"), runs
 
 
@@ -66,7 +77,8 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     """A clone of MODEL whose sampler runs are steered, and the log that they fill.
 
     With nothing to steer the clone carries no patch at all. Raises UnsupportedModel for an architecture without a
-    backbone and ClassifierError for a relation that the classifier does not know.
+    backbone, ClassifierError for a relation that the classifier does not know, and SteeringError for a MODEL that is steered
+    already: nobody could say which of the two should win.
     """
     find_backbone(model.model.diffusion_model)
     counted = steering.graph.counted()
@@ -74,13 +86,19 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
         steering = dataclasses.replace(steering, graph=counted)
     for relation in counted.relations:
         relation_indices(steering.classifier, relation.predicates)
+    request = (steering.graph, steering.classifier.name, steering.settings)
+    blank = functools.partial(not_steered, steering)
     if steering.is_off:  # (the host's own model, however its memory is managed)
         reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"
-        return model.clone(), RunLog(unsteered=not_steered(steering, reason))
-    runs = RunLog()
+        return model.clone(), RunLog(request, blank, unsteered=blank(reason))
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, STEERING_KEY):
+        raise SteeringError("input 'model': this model is steered already, by an \"Apply Spatial Steering\" further up its line, "
+                            "and one run is steered once. Take one of the two nodes out, or bypass it. Several relations go into "
+                            "one \"Multi-Relation Graph\".")
+    runs = RunLog(request, blank)
     model = _with_weights_that_stay(model)
-    patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, "learn_to_steer")
-    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "learn_to_steer",
+    patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, STEERING_KEY)
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, STEERING_KEY,
                                  functools.partial(_reserve_memory, ROOM[steering.settings.recompute]))
     return patched, runs
 
@@ -110,5 +128,6 @@ def _reserve_memory(room: int, executor, model, noise_shape, conds, *rest, **opt
 def not_steered(steering: Steering, reason: str) -> Run:
     """Stands for a run in which nothing was moved."""
     graph = steering.graph
-    report = SteeringReport(tuple(map(str, graph.relations)), steering.classifier.name, 0, (), (f"not steered: {reason}",))
-    return Run(None, AttentionRecord(graph.phrases, (), ()), report)
+    reason = f"not steered: {reason}"
+    report = SteeringReport(tuple(map(str, graph.relations)), steering.classifier.name, 0, (), (reason,))
+    return Run(AttentionRecord(graph.phrases, (), (), (reason,)), report)

@@ -5,6 +5,7 @@ model that looks at the sampler's latent before a step's first evaluation; the s
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import comfy.samplers
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from ..steering.attention import AttentionMaps, MapRecorder
 from .backbones import find_backbone
-from .records import AttentionRecord, StepMaps
+from .records import AttentionRecord, Run, StepMaps
 from .stepping import Schedule, SteeringError
 from .tokens import find_columns
+
+log = logging.getLogger("learn_to_steer")
+NOTHING_SEEN = ("Another pack skips or replaces the model's blocks (a step cache, a replaced attention). Take it out of the "
+                "model's line")
 
 
 class Session:
@@ -28,6 +33,8 @@ class Session:
         self.network = self.base_model.diffusion_model
         self.backbone = find_backbone(self.network)
         self.positive = self._positive(guider)
+        self.chosen: dict | None = None  # the conditioning that is read at this noise level
+        self.most_active = 0  # the largest number of positive conditionings that were active together
         columns = find_columns(self.positive, phrases, self.backbone.streams)
         self.recorder = MapRecorder(columns, forward)
         self.schedule = Schedule.of(self.base_model.model_sampling, sigmas)
@@ -46,12 +53,42 @@ class Session:
         """Calls the host's sampler function with a model and a callback that this session watches."""
         raise NotImplementedError
 
+    def choose(self, x: Tensor, sigma: Tensor) -> dict | None:
+        """The conditioning to read at this noise level: in the guider's order the first that is active and names all the
+        words, or None.
+
+        Chosen before the pass, since the host may run the conditionings in one batch or, short of memory, one by one in another
+        order.
+        """
+        ordered = sorted(self.positive, key=lambda cond: "default" in cond)  # the host runs those after all others
+        active = [cond for cond in ordered if comfy.samplers.get_area_and_mult(cond, x, sigma) is not None]
+        self.chosen = next((cond for cond in active if cond["uuid"] in self.recorder.columns), None)
+        if self.chosen is not None:
+            self.most_active = max(self.most_active, len(active))
+            self.recorder.conditioning = self.chosen["uuid"]
+        return self.chosen
+
     def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
         """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
         maps = self.recorder.take()
-        area = next((comfy.samplers.get_area_and_mult(cond, x, sigma).area for cond in self.positive
-                     if maps.layers and cond["uuid"] == maps.conditioning and "area" in cond), None)
+        area = None if self.chosen is None else comfy.samplers.get_area_and_mult(self.chosen, x, sigma).area
         return maps if area is None else maps.placed(area, x.shape[-2:])
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the conditionings were read."""
+        if self.most_active < 2:
+            return ()
+        return (f"{self.most_active} positive conditionings are active together: only the first of them that names all the "
+                "objects is read and followed here. The others go on shaping the picture",)
+
+    def outside_the_window(self, start: float, end: float) -> str:
+        """Why no step is worked on, in words."""
+        progress = self.schedule.progress
+        if not progress:
+            return "the schedule has no denoising step"
+        return (f"no step lies between start_percent {start:g} and end_percent {end:g}. The {len(progress)} steps of this run "
+                f"begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise schedule; image to image and second passes "
+                "begin late")
 
     def keep(self, step: int, maps: AttentionMaps, size: int | tuple[int, int], every: bool = False) -> None:
         stack = maps.stack(size, "always").detach().float().cpu()
@@ -60,7 +97,14 @@ class Session:
 
     def record(self) -> AttentionRecord:
         phrases = next(iter(self.recorder.columns.values())).phrases
-        return AttentionRecord(phrases, self.layers, tuple(self.steps))
+        return AttentionRecord(phrases, self.layers, tuple(self.steps), self.notes())
+
+    def result(self) -> Run:
+        """What this run leaves behind. Logs what went wrong."""
+        maps = self.record()
+        if not maps.steps:
+            log.warning("%s", "; ".join(maps.notes))
+        return Run(maps, None, self.schedule.steps)
 
 
 def map_grid(x: Tensor, longest: int) -> tuple[int, int]:

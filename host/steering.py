@@ -21,8 +21,9 @@ from ..steering.optimizer import Evaluation, displacement, steer_step
 from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
+from .records import Run
 from .saved_tensors import InPlaceWriteTracker
-from .session import Session, map_grid
+from .session import NOTHING_SEEN, Session, map_grid
 from .stepping import SampledModel, first_evaluations, unwrapped
 
 log = logging.getLogger("learn_to_steer")
@@ -66,6 +67,7 @@ class SteeringSession(Session):
         self.classifier = steering.classifier.to(guider.model_patcher.load_device)
         self.window = self.schedule.window(steering.settings.start, steering.settings.end)
         self.records: list[UpdateRecord] = []
+        self.inactive: set[int] = set()  # steps in which no conditioning that names the objects is active
         self.last_maps: AttentionMaps | None = None
         self.writes: InPlaceWriteTracker | None = None  # while a step is being steered
 
@@ -107,9 +109,9 @@ class SteeringSession(Session):
         comfy.model_management.throw_exception_if_processing_interrupted()
         leaf = latent.detach().requires_grad_()
         x = leaf / scale
-        active = next((cond for cond in self.positive if cond["uuid"] in self.recorder.columns and
-                       comfy.samplers.get_area_and_mult(cond, x.detach(), sigma) is not None), None)
+        active = self.choose(x.detach(), sigma)
         if active is None:
+            self.inactive.add(step)
             return None
         if active.get("control") is not None:
             active = {**active, "control": FrozenControl(active["control"], self.recorder)}
@@ -153,14 +155,15 @@ class SteeringSession(Session):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def report(self) -> SteeringReport:
-        notes = ()
-        if not self.window:
-            settings, progress = self.steering.settings, self.schedule.progress
-            notes = (f"not steered: no step lies between start_percent {settings.start:g} and end_percent {settings.end:g}. The "
-                     f"{len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise "
-                     "schedule; image to image and second passes begin late.",)
-        if any(record.outcome == "not recorded" for record in self.records):
-            notes = (*notes, "in some steps nothing was recorded: the conditioning is not active there, or another pack "
-                     "skipped the model's blocks",)
+        settings = self.steering.settings
+        reasons = () if self.window else (f"not steered: {self.outside_the_window(settings.start, settings.end)}",)
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
-                              tuple(self.records), notes)
+                              tuple(self.records), self.notes(), reasons, tuple(sorted(self.inactive)), NOTHING_SEEN)
+
+    def result(self) -> Run:
+        report, maps = self.report(), self.record()
+        for warning in report.warnings:
+            log.warning("%s", warning)
+        if not maps.steps:
+            maps = dataclasses.replace(maps, notes=(*report.warnings, *report.remarks))
+        return Run(maps, report, report.steps)

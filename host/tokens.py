@@ -4,6 +4,7 @@ The positions travel inside the conditioning, so that what is steered is what wa
 """
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -138,9 +139,15 @@ def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]
             for stream, chunks in tokenised.items()}
 
 
+def _tokenizer(clip) -> Callable[[str], Mapping[str, Sequence]]:
+    """The host's `clip.tokenize` without the text encoder itself, which a conditioning must not keep in memory."""
+    options = {"tokenizer_options": dict(clip.tokenizer_options)} if clip.tokenizer_options else {}
+    return functools.partial(clip.tokenizer.tokenize_with_weights, **options)
+
+
 def encode_prompt(clip, text: str) -> list:
     """CONDITIONING of `text`, as the host's CLIPTextEncode makes it, with the token positions inside."""
-    prompt = TokenisedPrompt.read(text, clip.tokenize)
+    prompt = TokenisedPrompt.read(text, _tokenizer(clip))
     return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={CONDITIONING_KEY: prompt})
 
 
@@ -166,4 +173,5 @@ def find_columns(conditionings: Sequence[dict], phrases: Sequence[str], streams:
         raise failures[0]
     raise TokenError("input 'positive': this conditioning does not say where the words are. Take the 'positive' output "
                      "of \"Multi-Relation Graph\", or encode the prompt with \"Text Encode (Steerable)\" instead of "
-                     "CLIP Text Encode.")
+                     "CLIP Text Encode. Where \"Conditioning (Concat)\" or \"Conditioning (Average)\" stands in between, connect "
+                     "it to 'conditioning_to': what comes in by 'conditioning_from' loses the places of its words.")

@@ -7,7 +7,8 @@ from comfy_api.latest import io, ui
 from ..host.capturing import Capture
 from ..host.patching import apply_capture
 from ..host.records import AttentionRecord
-from ..pictures.overlays import overlay
+from ..pictures.overlays import captioned, overlay
+from .runs import find_run
 from .types import CATEGORY, Graph, Maps, RunLog, check_numbers, maps_output
 
 
@@ -77,11 +78,12 @@ class AttentionMapsNode(io.ComfyNode):
                 maps_output(),
                 io.Latent.Output("latent", display_name="samples", tooltip="The same latent, for the VAE."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, capture, samples) -> io.NodeOutput:
-        return io.NodeOutput(capture.find(samples["samples"]).maps, samples)
+        return io.NodeOutput(find_run(capture, samples, cls.hidden, "capture").maps, samples)
 
 
 class AttentionOverlay(io.ComfyNode):
@@ -96,7 +98,7 @@ class AttentionOverlay(io.ComfyNode):
             inputs=[
                 Maps.Input("maps", tooltip="From \"Attention Maps\" or a steering sampler."),
                 io.Image.Input("image", optional=True, tooltip="The decoded picture of the same run. Without it the heat "
-                               "maps stand alone."),
+                               "maps stand alone; without maps it is shown with a line that says why."),
                 io.Combo.Input("steps", options=["average", "each step", "last step"], default="average",
                                tooltip="One picture of the average over the recorded steps, one per step, or the last."),
                 io.Float.Input("strength", default=0.6, min=0.0, max=1.0, step=0.05, advanced=True,
@@ -109,17 +111,19 @@ class AttentionOverlay(io.ComfyNode):
     @classmethod
     def execute(cls, maps: AttentionRecord, steps: str, strength: float, image=None) -> io.NodeOutput:
         check_numbers(strength=strength)
-        pictures = torch.stack([
-            overlay(None if image is None else image[min(index, len(image) - 1)], picture_maps, maps.phrases, caption,
-                    strength)
-            for caption, step_maps in _chosen(maps, steps) for index, picture_maps in enumerate(step_maps)])
+        if not maps.steps or not maps.phrases:
+            caption = "; ".join(("nothing to show", *maps.notes))
+            drawn = [captioned(picture, caption) for picture in ([None] if image is None else image)]
+        else:
+            drawn = [overlay(None if image is None else image[min(index, len(image) - 1)], picture_maps, maps.phrases, caption,
+                             strength)
+                     for caption, step_maps in _chosen(maps, steps) for index, picture_maps in enumerate(step_maps)]
+        pictures = torch.stack(drawn)
         return io.NodeOutput(pictures, ui=ui.PreviewImage(pictures, cls=cls))
 
 
 def _chosen(maps: AttentionRecord, steps: str) -> list[tuple[str, torch.Tensor]]:
     """(caption, [B, words, h, w]) of each picture to draw."""
-    if not maps.steps:
-        return [("no maps were recorded", torch.zeros(1, max(1, len(maps.phrases)), 16, 16))]
     if steps == "average":
         return [(f"average over {len(maps.steps)} steps", maps.average())]
     chosen = maps.steps if steps == "each step" else maps.steps[-1:]

@@ -13,6 +13,7 @@ from ..host.stepping import Schedule
 from ..pictures.overlays import probability_plot
 from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
+from .runs import find_run
 from .types import CATEGORY, Report, RunLog, check_numbers, classifier_input, graph_input, maps_output, report_output
 
 DEFAULTS = SteeringSettings()
@@ -167,7 +168,7 @@ class SteeringResult(io.ComfyNode):
             node_id="LearnToSteerResult",
             display_name="Steering Result",
             category=CATEGORY,
-            description="Report and maps of the steered run that gave this very latent.",
+            description="Report and maps of the steered run that gave this very latent, and of the runs that it went on from.",
             inputs=[
                 RunLog.Input("steering", tooltip="From \"Apply Spatial Steering\"."),
                 io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the steered model; it tells "
@@ -175,11 +176,12 @@ class SteeringResult(io.ComfyNode):
             ],
             outputs=[maps_output(), report_output(),
                      io.Latent.Output("latent", display_name="samples", tooltip="The same latent, for the VAE.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, steering, samples) -> io.NodeOutput:
-        run = steering.find(samples["samples"])
+        run = find_run(steering, samples, cls.hidden, "steering")
         return io.NodeOutput(run.maps, run.report, samples)
 
 
@@ -190,8 +192,8 @@ class SteeringReportNode(io.ComfyNode):
             node_id="LearnToSteerReport",
             display_name="Steering Report",
             category=CATEGORY,
-            description="Shows a steered run: the relations' probabilities over the updates as a plot, and every update "
-                        "as text.",
+            description="Shows a steered run: what came of it, the relations' probabilities over the updates as a plot, and "
+                        "every update as text.",
             inputs=[Report.Input("report", tooltip="From a steering sampler or \"Steering Result\".")],
             outputs=[
                 io.Image.Output("plot", display_name="plot", tooltip="Probability of each relation over the updates."),

@@ -160,7 +160,7 @@ def _nothing_steered(report: SteeringReport, size: tuple[int, int]) -> Tensor:
     canvas = _chart(size, "Probability of each relation", f"classifier: {report.classifier}")
     middle = canvas.height / 2
     canvas.text(canvas.width / 2, middle, "nothing was steered", 24, GREY, "mm")
-    lines = [line for note in report.notes for line in canvas.wrap(note, 14, canvas.width - 80)]
+    lines = [line for note in (*report.warnings, *report.remarks) for line in canvas.wrap(note, 14, canvas.width - 80)]
     for number, line in enumerate(lines[:8]):
         canvas.text(canvas.width / 2, middle + 36 + 20 * number, line, 14, GREY, "mm", room=canvas.width - 40)
     return canvas.tensor()

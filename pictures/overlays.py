@@ -15,7 +15,7 @@ from torch import Tensor
 from .canvas import GREY, Canvas, to_pillow
 from .charts import curve_chart, matrix_chart, probability_plot
 
-__all__ = ["contact_sheet", "curve_chart", "heat_map", "matrix_chart", "overlay", "probability_plot", "save_png",
+__all__ = ["captioned", "contact_sheet", "curve_chart", "heat_map", "matrix_chart", "overlay", "probability_plot", "save_png",
            "soft_centre"]
 
 MARGIN, LABEL_HEIGHT = 10, 30
@@ -151,6 +151,12 @@ def overlay(image: Tensor | None, maps: Tensor, labels: Sequence[str], caption: 
             _draw_cross(panel, centre)
         panels.append(panel)
     return _sheet(panels, labels, len(panels), caption)
+
+
+def captioned(image: Tensor | None, caption: str) -> Tensor:
+    """A picture [H, W, 3], or an empty panel for None, with a caption above it, as one picture [H, W, 3]."""
+    picture = torch.zeros(64, 64, 3) if image is None else image
+    return _sheet([_fit(picture, _panel_size(*picture.shape[:2]))], [""], 1, caption)
 
 
 def contact_sheet(images: Sequence[Tensor], labels: Sequence[str], columns: int) -> Tensor:

@@ -1,0 +1,37 @@
+"""How the nodes behind a sampler find the run that gave their latent."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..host.records import Run, RunLog
+
+
+def find_run(log: RunLog, samples: dict, hidden, log_input: str) -> Run:
+    """The run that gave the latent, with the runs that it went on from.
+
+    hidden: of the node that asks, with the prompt and its own id; log_input: the name of its input for `log`. Raises LookupError
+    where the latent comes from elsewhere. A latent whose line leads through the patched MODEL, but that no run gave, is an
+    empty run with the reason.
+    """
+    try:
+        return log.find(samples["samples"]).whole()
+    except LookupError:
+        if hidden is None or not _leads_through(hidden.prompt or {}, hidden.unique_id, log_input):
+            raise
+        return log.blank("the sampler ran no denoising step (is denoise 0?), or a node between the sampler and this one changed "
+                         "the latent. Connect the sampler's LATENT output straight")
+
+
+def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:
+    """Whether the node's latent was made with the MODEL of the node that its log comes from."""
+    links = prompt.get(node, {}).get("inputs", {})
+    if not all(isinstance(links.get(name), list) for name in (log_input, "samples")):
+        return False
+    waiting, seen, patch = [links["samples"][0]], set(), links[log_input][0]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            inputs = prompt.get(current, {}).get("inputs", {}).values()
+            waiting += [value[0] for value in inputs if isinstance(value, list) and value]
+    return patch in seen
