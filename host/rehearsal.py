@@ -258,11 +258,11 @@ class MovedLatent:
 def chosen_sampler(function: Callable, options: dict) -> str:
     """The sampler as the user chose it: by a name of the host's list, or as a SAMPLER that a node made."""
     function = inspect.unwrap(function)
-    function = inspect.unwrap(getattr(function, "func", function))
     if not options.keys() - {"disable"}:
         for name, listed in _listed_samplers():
             if listed is function or getattr(listed, "__code__", None) is getattr(function, "__code__", function):
                 return f"input 'sampler_name': {name}"
+    function = getattr(function, "func", function)  # a partial's
     name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_").removesuffix("_function")
     return f"input 'sampler': {name}"
 
