@@ -22,9 +22,10 @@ from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .records import Run
+from .rehearsal import MovedLatent, rehearse
 from .saved_tensors import InPlaceWriteTracker
 from .session import NOTHING_SEEN, Session, map_grid
-from .stepping import SampledModel, first_evaluations, unwrapped
+from .stepping import SampledModel, unwrapped
 
 log = logging.getLogger("learn_to_steer")
 STEP_CACHES = ("easycache",)
@@ -72,21 +73,22 @@ class SteeringSession(Session):
         self.writes: InPlaceWriteTracker | None = None  # while a step is being steered
 
     def run(self, function, model, x, sigmas, extra_args, callback, options):
-        begins = first_evaluations(function, model, x, sigmas, extra_args, options)
-        evaluations = 0
+        rehearsal = rehearse(function, model, x, sigmas, extra_args, options, self.window)
+        latent = MovedLatent(rehearsal)
 
         def around(model, x, sigma, arguments):
-            nonlocal evaluations
-            step = begins.get(evaluations)
-            evaluations += 1
+            step, x = latent.handed(x)
             if step in self.window:
-                self._steer(unwrapped(model), x, sigma, arguments, step)
+                move = self._steer(unwrapped(model), x, sigma, arguments, step)
+                x = x if move is None else latent.moved(move)
             return model(x, sigma, **arguments)
 
-        return function(SampledModel(model, around), x, sigmas, extra_args=extra_args, callback=callback, **options)
+        result = function(SampledModel(model, around), x, sigmas, extra_args=extra_args, callback=latent.watched(callback),
+                          **options)
+        return latent.result(result)
 
-    def _steer(self, host_model, x: Tensor, sigma: Tensor, arguments: dict, step: int) -> None:
-        """Changes the sampler's own `x` in place, which is the one thing that every k-diffusion sampler shares."""
+    def _steer(self, host_model, x: Tensor, sigma: Tensor, arguments: dict, step: int) -> Tensor | None:
+        """The move of the latent x at this step, or None. x is left as it is."""
         settings, relations = self.steering.settings, self.steering.graph.relations
         arguments = self.instrumented(arguments)
         with differentiable(self.base_model) as self.writes:
@@ -101,8 +103,7 @@ class SteeringSession(Session):
         if self.last_maps is not None:
             self.keep(step, self.last_maps, map_grid(x, self.classifier.layout.size))
             self.last_maps = None
-        if difference.any():
-            x.copy_(start + difference)
+        return difference if difference.any() else None
 
     def _evaluate(self, host_model, sigma: Tensor, scale: Tensor, arguments: dict, step: int, latent: Tensor
                   ) -> Evaluation | None:

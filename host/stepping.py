@@ -1,11 +1,9 @@
-"""A sampler's denoising steps: which evaluation of the model begins each, and how far along the schedule it is."""
+"""A run's denoising steps and how far along the schedule each is; the model as a watched sampler function sees it."""
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..steering.optimizer import StepInfo
@@ -78,57 +76,3 @@ def percent_of_sigma(model_sampling, sigma: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
     return (low + high) / 2
-
-
-def first_evaluations(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict,
-                      options: dict) -> dict[int, int]:
-    """For a sampler function: the number of each evaluation that begins a denoising step → that step.
-
-    Second-order samplers evaluate more than once a step, some of them at the next step's noise level, so the noise
-    level alone does not tell. The sampler is rehearsed on a latent of one cell with a model that costs nothing; a
-    second rehearsal, in which the last step's latent is moved, shows whether the sampler takes such a move.
-    Raises SteeringError for a sampler that chooses its own noise levels or works on a latent of its own.
-    """
-    def rehearse(nudged: int | None) -> tuple[list[float], dict[int, int], Tensor]:
-        levels: list[float] = []
-        begins: dict[int, int] = {}
-
-        def around(_, x, sigma, arguments):
-            if len(levels) == nudged:
-                x += 1.0
-            levels.append(float(sigma.flatten()[0]))
-            denoised = x * 0.5
-            for hook in _added_hooks(extra_args, arguments):
-                hook({"denoised": denoised, "cond_denoised": denoised, "uncond_denoised": denoised, "input": x,
-                      "sigma": sigma, "model_options": arguments["model_options"]})
-            return denoised
-
-        def callback(info: dict) -> None:
-            begins[len(levels) - 1] = info["i"]
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            result = function(RehearsedModel(model, around), x.new_ones([1] * x.ndim), sigmas, extra_args=dict(extra_args),
-                              callback=callback, **{**options, "disable": True})
-        return levels, begins, result
-
-    name = getattr(function, "__name__", "this sampler").removeprefix("sample_").removesuffix("_function")
-    levels, begins, plain = rehearse(None)
-    steps = len(sigmas) - 1
-    at_their_level = all(math.isclose(levels[call], float(sigmas[step]), rel_tol=1e-4) for call, step in begins.items())
-    if sorted(begins.values()) != list(range(steps)) or not at_their_level:
-        raise SteeringError(f"input 'sampler_name': {name} chooses its own noise levels, so its latent cannot be "
-                            "steered. Use euler, ddim, dpmpp_2m, heun or another sampler.")
-    if torch.equal(plain, rehearse(max(begins))[2]):
-        raise SteeringError(f"input 'sampler_name': {name} works on a copy of the latent, so steering cannot reach it. "
-                            "Use euler, ddim, dpmpp_2m, heun or another sampler.")
-    return begins
-
-
-def _added_hooks(before: dict, arguments: dict) -> list[Callable]:
-    """Post-CFG functions that the sampler itself put into the model's options (the CFG++ samplers do)."""
-    def hooks(holder: dict) -> list[Callable]:
-        return holder.get("model_options", {}).get("sampler_post_cfg_function", [])
-
-    known = hooks(before)
-    return [hook for hook in hooks(arguments) if hook not in known]

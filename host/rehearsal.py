@@ -1,0 +1,288 @@
+"""A sampler function's rehearsal: which evaluation begins each denoising step, and what the sampler keeps of a move.
+
+With the model's output held constant, a sampler's latent is linear in the latent that the run starts from, and every
+formula has its own factor for each step: sigma_next / sigma for an ODE solver, less for an ancestral or SDE sampler,
+0 for LCM. Steering moves the latent at a step and carries the move along by these factors, beside the sampler's own
+latent. So the sampler responds as if its latent, and the earlier ones in its history, had always been moved. Writing
+into the tensor that the sampler hands over would not do that: uni_pc hands over a copy, sa_solver's corrector goes
+back to the latent before, and lms, ipndm, deis and gradient_estimation extrapolate from derivatives at unmoved latents.
+"""
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from .stepping import RehearsedModel, SteeringError
+
+CELLS = 8
+"""Longest side of the rehearsal's latent, in cells."""
+SHIFT = 16.0
+"""How far the second rehearsal's latent is shifted, in units of the largest sigma."""
+FAINT = 1e-5
+"""Below this share of the shift, rounding of the sampler's noise hides what is kept: the run is rehearsed again from there."""
+ROUNDING = 1e-3
+"""Share of a move that does not count."""
+LARGEST = 2.0
+"""A sampler may keep this many times sigma_next / sigma of a move: ipndm_v's weights do not sum to 1."""
+LAST_SIGMA = 1e-3
+"""uni_pc ends here instead of at 0."""
+ADVICE = "Use euler, ddim, dpmpp_2m, heun or another sampler of ComfyUI."
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What steering has to know of a sampler function before it runs.
+
+    sampler: its name and input, for messages; begins: the number of an evaluation -> the step that it begins;
+    reported: step -> the number of evaluations before its callback; kept: step -> for every evaluation, and last for the
+    result, the share of a move made at that step.
+    """
+
+    sampler: str
+    begins: dict[int, int]
+    reported: dict[int, int]
+    kept: dict[int, tuple[float, ...]]
+
+
+@dataclass
+class Trial:
+    """One rehearsed run: sigmas of the evaluations, latents handed to the model with the result last, and for each step
+    the number of evaluations before its callback and the levels that the callback names."""
+
+    levels: list[float]
+    latents: list[Tensor]
+    reported: dict[int, int]
+    named: dict[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A sampler function with all that it is called with, except the latent and the sigmas."""
+
+    function: Callable
+    model: Callable
+    x: Tensor
+    extra_args: dict
+    options: dict
+    sampler: str
+
+    def refuse(self, reason: str) -> SteeringError:
+        return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {ADVICE}")
+
+    def trial(self, sigmas: Tensor, shift: float) -> Trial:
+        """Runs the sampler on noise moved by `shift`, with a model whose output is 0."""
+        trial = Trial([], [], {}, {})
+        most = 1000 + 100 * len(sigmas)
+
+        def around(_, x, sigma, arguments):
+            if len(trial.levels) == most:
+                raise self.refuse(f"chooses its own noise levels: it evaluated the model {most} times")
+            trial.levels.append(float(sigma.flatten()[0]))
+            trial.latents.append(x.detach().clone())
+            denoised = torch.zeros_like(x)
+            for hook in _added_hooks(self.extra_args, arguments):
+                hook({"denoised": denoised, "cond_denoised": denoised, "uncond_denoised": denoised, "input": x,
+                      "sigma": sigma, "model_options": arguments["model_options"]})
+            return denoised
+
+        def callback(info: dict) -> None:
+            if info["i"] not in trial.reported:
+                trial.reported[info["i"]] = len(trial.levels)
+                trial.named[info["i"]] = tuple(float(info[key]) for key in ("sigma", "sigma_hat") if key in info)
+
+        shape = [1] * (self.x.ndim - 2) + [min(CELLS, side) for side in self.x.shape[-2:]]
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.x)
+        extra_args = {**self.extra_args, **({"denoise_mask": None} if "denoise_mask" in self.extra_args else {})}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                result = self.function(RehearsedModel(self.model, around), noise * sigmas[0] + shift, sigmas.clone(),
+                                       extra_args=extra_args, callback=callback, **{**self.options, "disable": True})
+            except (SteeringError, comfy.model_management.InterruptProcessingException):
+                raise
+            except Exception as error:  # a sampler of any pack, on a latent that it was not written for
+                raise self.refuse(f"failed in a rehearsal on a latent of {CELLS} x {CELLS} cells "
+                                  f"({type(error).__name__}: {error})") from error
+        trial.latents.append(result)
+        return trial
+
+    def response(self, sigmas: Tensor) -> tuple[Trial, list[float]]:
+        """A run, and how much of a shift of its first latent reaches each evaluation and, last, the result."""
+        shift = SHIFT * float(sigmas.max())
+        plain, shifted = self.trial(sigmas, 0.0), self.trial(sigmas, shift)
+        if not _same_levels(plain.levels, shifted.levels):
+            raise self.refuse("chooses its own noise levels: they depend on the latent")
+        kept = [float((b - a).mean()) / shift for a, b in zip(plain.latents, shifted.latents, strict=True)]
+        if not all(map(math.isfinite, kept)):
+            raise self.refuse("gives values that are not finite on this schedule")
+        return plain, kept
+
+
+def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, options: dict,
+             window: frozenset[int]) -> Rehearsal:
+    """Rehearses a sampler function for the steps in `window`, on a small latent with a model that costs nothing.
+
+    Raises SteeringError for a sampler that chooses its own noise levels, hands the model a latent of its own, or does not
+    keep a move in its direction and in proportion to the noise level.
+    """
+    sampler = chosen_sampler(function, options)
+    if not window:
+        return Rehearsal(sampler, {}, {}, {})
+    stage = Stage(function, model, x, extra_args, options, sampler)
+    trial, response = stage.response(sigmas)
+    begins = _begins(stage, trial, sigmas)
+    kept, first = {}, 0
+    for step in sorted(window):
+        if step not in begins:
+            raise stage.refuse(f"does not evaluate the model in step {step}")
+        begin = begins[step]
+        if abs(response[begin - first]) < FAINT and step > 0:
+            resumed, response = stage.response(sigmas[step:])
+            first = begin
+            if not _same_levels(resumed.levels, trial.levels[first:]):
+                raise stage.refuse(f"evaluates the model at other noise levels when it starts at step {step}")
+        if response[begin - first] < FAINT:
+            raise stage.refuse("hands the model another latent than the one it was given")
+        kept[step] = (0.0,) * begin + tuple(share / response[begin - first] for share in response[begin - first:])
+        _check_direction_and_size(stage, step, kept[step], begins, sigmas)
+    return Rehearsal(sampler, {call: step for step, call in begins.items()}, trial.reported, kept)
+
+
+def _begins(stage: Stage, trial: Trial, sigmas: Tensor) -> dict[int, int]:
+    """The evaluation that begins each step: at the step's own level, after the callback of the step before.
+
+    Most samplers call back right after it. Then a second-order sampler's evaluation before it, which belongs to the step
+    before, may be at the same level, and the last one counts. A sampler that calls back after its substeps has more than
+    one evaluation before its first callback; there the first one counts.
+    """
+    steps = len(sigmas) - 1
+    if not trial.reported:
+        raise stage.refuse("never calls back, so nothing tells where a step begins")
+    if sorted(trial.reported) != list(range(steps)):
+        raise stage.refuse(f"chooses its own noise levels: it took {len(trial.reported)} steps where the schedule has {steps}")
+    at_once = trial.reported[0] == 1
+    begins, after = {}, 0
+    for step in range(steps):
+        own = (float(sigmas[step]), *trial.named[step])
+        between = range(after, trial.reported[step])
+        after = max(after, trial.reported[step])
+        far = {call: min(abs(trial.levels[call] - level) for level in own) for call in between}
+        near = [call for call in between if far[call] <= min(far.values()) + 1e-4 * own[0]]
+        if near:
+            begins[step] = near[-1] if at_once else near[0]
+    return begins
+
+
+def _check_direction_and_size(stage: Stage, step: int, kept: tuple[float, ...], begins: dict[int, int], sigmas: Tensor) -> None:
+    """A move at `step` must keep its sign, and shrink with the noise level at least about as fast as an ODE solver lets it."""
+    places = [(f"at step {later}", kept[begins[later]], float(sigmas[later])) for later in sorted(begins) if later > step]
+    places.append(("in the result", kept[-1], max(float(sigmas[-1]), LAST_SIGMA)))
+    for place, share, sigma in places:
+        left = sigma / max(float(sigmas[step]), LAST_SIGMA)
+        if share < -0.02 * left - ROUNDING:
+            raise stage.refuse(f"turns a move of its latent around: a move by 1 at step {step} is one by {share:.2g} {place}")
+        if share > LARGEST * left + ROUNDING:
+            raise stage.refuse(f"does not treat its latent as noisy: of a move by 1 at step {step} it keeps {share:.2g} {place}, "
+                               f"where the noise level leaves {left:.2g}")
+
+
+class MovedLatent:
+    """The steered latent: the sampler's own, which is never written to, and the move beside it."""
+
+    def __init__(self, rehearsal: Rehearsal):
+        self.rehearsal = rehearsal
+        self.evaluations = 0
+        self._reported: set[int] = set()
+        self._move: Tensor | None = None  # as it was at the step `_since`
+        self._since = 0
+        self._own: Tensor | None = None  # what the sampler handed over last
+
+    def handed(self, x: Tensor) -> tuple[int | None, Tensor]:
+        """For the sampler's own latent at its next evaluation: the step that begins with it, if any, and the moved latent."""
+        self._own = x
+        self.evaluations += 1
+        return self.rehearsal.begins.get(self.evaluations - 1), self._with_move(x, self.evaluations - 1)
+
+    def moved(self, move: Tensor) -> Tensor:
+        """Adds a move at the step that just began; the moved latent."""
+        call = self.evaluations - 1
+        before = self._moved_by(call)
+        self._move, self._since = move if before is None else before + move, self.rehearsal.begins[call]
+        return self._own + self._move
+
+    def result(self, own: Tensor) -> Tensor:
+        return self._with_move(own, -1)
+
+    def watched(self, callback: Callable | None) -> Callable:
+        """The host's callback, which is shown the moved latent; checks that the run goes as it was rehearsed."""
+        def wrapped(info: dict) -> None:
+            step = info["i"]
+            if self.rehearsal.kept and step not in self._reported and self.evaluations != self.rehearsal.reported.get(step):
+                raise self._unlike_rehearsal()
+            self._reported.add(step)
+            if callback is not None:
+                moves = self._move is not None and info["x"] is self._own
+                callback({**info, "x": self._with_move(info["x"], self.evaluations - 1)} if moves else info)
+
+        return wrapped
+
+    def _with_move(self, own: Tensor, call: int) -> Tensor:
+        move = self._moved_by(call)
+        if move is None:
+            return own
+        if move.shape != own.shape:
+            raise SteeringError(f"{self.rehearsal.sampler} changes the latent's size from {list(move.shape)} to "
+                                f"{list(own.shape)} and keeps the move that steering made, so it cannot be steered. {ADVICE}")
+        return own + move
+
+    def _moved_by(self, call: int) -> Tensor | None:
+        if self._move is None:
+            return None
+        kept = self.rehearsal.kept[self._since]
+        if call >= len(kept) - 1:
+            raise self._unlike_rehearsal()
+        return self._move * kept[call] if kept[call] else None
+
+    def _unlike_rehearsal(self) -> SteeringError:
+        return SteeringError(f"{self.rehearsal.sampler} chooses its own noise levels: it evaluates the model another number of "
+                             f"times than in its rehearsal, so it cannot be steered. {ADVICE}")
+
+
+def chosen_sampler(function: Callable, options: dict) -> str:
+    """The sampler as the user chose it: by a name of the host's list, or as a SAMPLER that a node made."""
+    function = inspect.unwrap(function)
+    if not options.keys() - {"disable"}:
+        for name, listed in _listed_samplers():
+            if listed is function or getattr(listed, "__code__", None) is getattr(function, "__code__", function):
+                return f"input 'sampler_name': {name}"
+    function = getattr(function, "func", function)  # a partial's
+    name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_").removesuffix("_function")
+    return f"input 'sampler': {name}"
+
+
+def _listed_samplers() -> Iterator[tuple[str, Callable]]:
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        try:
+            yield name, inspect.unwrap(comfy.samplers.sampler_object(name).sampler_function)
+        except AttributeError:  # a pack's name without a function of k-diffusion
+            continue
+
+
+def _same_levels(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-8) for a, b in zip(one, other, strict=True))
+
+
+def _added_hooks(before: dict, arguments: dict) -> list[Callable]:
+    """Post-CFG functions that the sampler itself put into the model's options (the CFG++ samplers do)."""
+    def hooks(holder: dict) -> list[Callable]:
+        return holder.get("model_options", {}).get("sampler_post_cfg_function", [])
+
+    known = hooks(before)
+    return [hook for hook in hooks(arguments) if hook not in known]
