@@ -18,7 +18,7 @@ from ..prompts.relations import RelationGraph
 from ..steering.attention import FORWARD_KEY, AttentionMaps
 from ..steering.objective import judge
 from ..steering.optimizer import Evaluation, displacement, steer_step
-from ..steering.report import SteeringReport, UpdateRecord
+from ..steering.report import NON_FINITE, NOT_RECORDED, SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .saved_tensors import InPlaceWriteTracker
@@ -93,8 +93,7 @@ class SteeringSession(Session):
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(start))
             evaluate = functools.partial(self._evaluate, host_model, sigma, scale, arguments, step)
             end = steer_step(start * scale, evaluate, tuple(relation.weight for relation in relations), settings,
-                             self.schedule.step_info(step), sum(r.step < step for r in self.records), self._on_record,
-                             self.steering.move)
+                             self.schedule.step_info(step), self._on_record, self.steering.move)
             difference = (end - start * scale) / scale
         if self.last_maps is not None:
             self.keep(step, self.last_maps, map_grid(x, self.classifier.layout.size))
@@ -145,9 +144,9 @@ class SteeringSession(Session):
 
     def _on_record(self, record: UpdateRecord) -> None:
         self.records.append(record)
-        if record.outcome == "non-finite gradient":
-            log.warning("step %d, update %d: the gradient is not finite; this update is left out", record.step,
-                        record.update)
+        if record.outcome == NON_FINITE:
+            log.warning("step %d, update %d: the gradient is not finite; a smaller move is tried once, then this step goes on "
+                        "unsteered", record.step, record.update)
         if self.steering.on_update is not None:
             self.steering.on_update(record)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -159,7 +158,7 @@ class SteeringSession(Session):
             notes = (f"not steered: no step lies between start_percent {settings.start:g} and end_percent {settings.end:g}. The "
                      f"{len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise "
                      "schedule; image to image and second passes begin late.",)
-        if any(record.outcome == "not recorded" for record in self.records):
+        if any(record.outcome == NOT_RECORDED for record in self.records):
             notes = (*notes, "in some steps nothing was recorded: the conditioning is not active there, or another pack "
                      "skipped the model's blocks",)
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,

@@ -4,14 +4,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+MOVED, SATISFIED, NO_GRADIENT, NON_FINITE, NOT_RECORDED = OUTCOMES = (
+    "moved", "satisfied", "no gradient", "non-finite gradient", "not recorded")
+
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """One look at the maps inside a denoising step, and the move that followed it, if any.
+    """One evaluation within a denoising step, and the move that followed it, if any.
 
     Per picture of the batch: loss (the descended one), probability[picture][relation] of the relation asked for,
-    gradient_norm (model-input space; None where no gradient was taken), moved. outcome: "moved", "satisfied" (every
-    picture reached the stopping probability), "non-finite gradient" or "not recorded".
+    gradient_norm (model-input space; None where no gradient was taken), moved (along its gradient). outcome, one of
+    OUTCOMES: "moved": at least one picture was; "satisfied": every picture has reached the target; "no gradient": the
+    gradient is exactly 0; "non-finite gradient": of at least one picture, whose last move was halved or taken back;
+    "not recorded": the model's attention was not seen.
     """
 
     step: int
@@ -47,7 +52,12 @@ class SteeringReport:
     @property
     def skipped(self) -> int:
         """Updates left out because their gradient was not finite."""
-        return sum(record.outcome == "non-finite gradient" for record in self.records)
+        return sum(record.outcome == NON_FINITE for record in self.records)
+
+    @property
+    def without_gradient(self) -> int:
+        """Updates that moved nothing because the gradient was exactly 0."""
+        return sum(record.outcome == NO_GRADIENT for record in self.records)
 
     def to_dict(self) -> dict:
         return {**asdict(self), "gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
@@ -58,6 +68,13 @@ class SteeringReport:
         lines += [f"note: {note}" for note in self.notes]
         if not self.records:
             return "\n".join([*lines, "nothing was steered"])
+        if self.without_gradient:
+            moved = any(any(record.moved) for record in self.records)
+            effect = "these updates moved nothing" if moved else "steering had no effect"
+            lines.append(f"note: in {self.without_gradient} of {len(self.records)} updates the gradient was 0, so {effect}: "
+                         "what the classifier sees does not depend on the latent there. Look for a conditioning that was "
+                         "zeroed, a noise mask or an area that leaves nothing to change, or another pack that replaces the "
+                         "cross-attention.")
         outcomes = Counter(record.outcome for record in self.records)
         lines.append(f"{self.gradient_evaluations} gradient evaluations in {len({r.step for r in self.records})} of "
                      f"{self.steps} steps, {self.seconds:.1f} s; "
