@@ -9,8 +9,6 @@ from learn_to_steer.host.patching import apply_steering
 from learn_to_steer.host.tokens import encode_prompt
 from learn_to_steer.toyworld.models import LOADERS
 
-from nodes import ConditioningZeroOut
-
 
 def small_world() -> Scene:
     scene = Scene()
@@ -36,7 +34,7 @@ def test_a_run_without_a_gradient_says_so(build, case: str):
     if case == "empty mask":
         options["noise_mask"] = torch.zeros(1, 1, 16, 16)
     else:
-        positive = ConditioningZeroOut().zero_out(positive)[0]
+        positive = [[torch.zeros_like(embedding), details] for embedding, details in positive]  # the host's ConditioningZeroOut
     patched, runs = apply_steering(scene.model, scene.steering(stop_probability=1.0, max_updates=4, end=0.5))
     assert torch.equal(sample(scene, patched, positive, **options), sample(scene, scene.model, positive, **options))
     report = runs.last.report
