@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,11 +25,12 @@ class MapLayout:
 
     size: maps are [size, size].
     normalise: "resized": bilinear resize, then divide each map by its sum (+1e-8), when any layer's resolution
-        differs from `size` (paper.md, "Which maps"); raw probabilities otherwise. "always": always divide by the
+        differs from `size` (docs/method.md, "Maps"); raw probabilities otherwise. "always": always divide by the
         sum. "never": never.
     channels: number of layers x heads expected; None: any number (up to `max_channels`).
     backbone: "unet", "mmdit" or None (any).
     max_channels: length of a position table that may be longer than the stack; None: no limit.
+    guessed: the classifier's file does not state `backbone`; it follows from the file's name or the network's depth.
     """
 
     size: int = 16
@@ -37,6 +38,7 @@ class MapLayout:
     channels: int | None = None
     backbone: str | None = None
     max_channels: int | None = None
+    guessed: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -88,9 +90,12 @@ def check_layout(classifier: RelationClassifier, channels: int, backbone: str) -
     if not (fits_backbone and fits_count):
         count = "the maps" if layout.channels is None else f"{layout.channels} maps"
         source = "" if layout.backbone is None else f" of {_words(layout.backbone)}"
+        guess = "" if not layout.guessed else (
+            f" The file does not say so: {_words(layout.backbone)} is a guess. If it is wrong, choose {backbone!r} as "
+            "'backbone' in Relation Classifier Loader.")
         raise ClassifierError(f"Classifier {classifier.name!r}: this classifier was trained on {count}{source}; this "
                               f"model gives {channels} maps of {_words(backbone)}. Load a classifier trained for this "
-                              "model, or use the geometric one.")
+                              f"model, or use the geometric one.{guess}")
     if layout.max_channels is not None and channels > layout.max_channels:
         raise ClassifierError(f"Classifier {classifier.name!r}: this classifier has positions for at most "
                               f"{layout.max_channels} maps; this model gives {channels} maps of {_words(backbone)}. "
@@ -119,7 +124,7 @@ def relation_indices(classifier: RelationClassifier, predicates: Sequence[str]) 
     """Indices of the logits that are the targets of one relation; its loss is the mean of their cross-entropies.
 
     A diagonal is two predicates. Where the classifier has a class for the diagonal itself (the geometric one does),
-    that class is the only target; otherwise both predicates are (paper.md, "Inference", item 3).
+    that class is the only target; otherwise both predicates are (docs/method.md, "The loss").
     Raises ClassifierError naming every unknown relation and the known ones.
     """
     if isinstance(predicates, str):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ GEOMETRIC, WEIGHTS = "geometric", "channel_weights"
 SUFFIXES = (".safetensors", ".pth", ".pt")
 # Tables that published files may hold with other singleton dimensions than ours.
 _RESHAPED = ("positional_encoding.pe", "query_vector")
+# Published files hold 256 rows. The head's sequence has one element, so only the first row is ever added.
+_FIRST_ROW_ONLY = "relation_classifier.positional_encoding.pe"
 _NAMED = 4
 _LONGEST_NAME = 100
 _LONGEST_TABLE = 65536
@@ -71,7 +73,7 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
                 if isinstance(content, GeometricClassifier):
                     if backbone or relations:
                         raise ClassifierError("this is a calibrated geometric classifier, whose backbone and relations are "
-                                              "fixed. Leave them out.")
+                                              "fixed. Leave them out (input 'backbone': \"from the file\").")
                     return content
             else:
                 content = ClassifierFile(**read_published(path, backbone, relations))
@@ -194,7 +196,7 @@ def _geometric(entries: Entries, weights: Mapping[str, Tensor], name: str) -> Ge
 
 
 def _with_backbone(layout: MapLayout, backbone: str) -> MapLayout:
-    return MapLayout(**{**vars(layout), "backbone": backbone})
+    return replace(layout, backbone=backbone, guessed=False)
 
 
 def _build(content: ClassifierFile) -> RelationNetwork:
@@ -240,6 +242,8 @@ def _check_names(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
 def _checked(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
         raise ClassifierError(f"{name} is not a dense tensor of floating-point numbers. The file is damaged.")
+    if name == _FIRST_ROW_ONLY and tensor.numel() and tensor.shape[-1:] == shape[-1:]:
+        tensor = tensor.reshape(-1, shape[-1])[:1]
     if name.endswith(_RESHAPED) and _squeezed(tensor.shape) == _squeezed(shape):
         tensor = tensor.reshape(shape)
     if tensor.shape != shape:

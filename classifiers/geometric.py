@@ -1,4 +1,4 @@
-"""The classifier that nobody trains: soft centres and extents of the two averaged maps -> logits over directions.
+"""Geometric classifier: no training, no weights. Soft centres and extents of the two averaged maps -> logits over directions.
 
 A relation's logit is minus its *violation* over a temperature. The violation of "above" is a hinge on how far the
 subject's centre lies above the object's (GenEval's rule: distance beyond a fraction of the two extents), plus a
@@ -6,8 +6,8 @@ weighted hinge on the sideways offset; a diagonal has a hinge on both axes. So t
 subject up and into line, and its probability is high only where "above" holds with a margin and nothing else does.
 All lengths are fractions of the picture's side; y grows downward.
 
-Not every layer and head knows where its word's object is. Weights of the channels, measured on a few labelled pictures
-(training/calibration.py), make it a rule for one model; without them all channels count alike.
+Not every layer and head localises its word's object. Channel weights, calibrated on a few labelled pictures
+(training/calibration.py), adapt the rule to one model; without them all channels count alike.
 """
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class GeometricClassifier(RelationClassifier):
         return -torch.stack(violations, dim=1) / settings.temperature
 
     def to(self, device: torch.device | str) -> GeometricClassifier:
-        """Itself: what little there is to move is moved where it is used."""
+        """Returns itself; channel weights move to the maps' device on use."""
         return self
 
 
@@ -130,8 +130,8 @@ def _checked(weights: Tensor, name: str) -> Tensor:
 def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:
     """[B, C, H, W] -> [B, H, W]: the mean over channels; with weights [C] that of the standardised channels, where positive.
 
-    Standardised, each has mean 0 and deviation 1 over its cells: a channel whose word takes much of the attention
-    everywhere does not drown one that says where. A flat channel says nothing.
+    A standardised channel has mean 0 and deviation 1 over its cells, so that a channel whose word takes much of the attention
+    everywhere does not outweigh one that localises it. A flat channel counts as 0.
     """
     maps = maps.to(working_dtype(maps))
     if weights is None:
@@ -145,7 +145,7 @@ def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:
 def locate(maps: Tensor, sharpness: float, weights: Tensor | None = None) -> SoftObject:
     """Averages maps [B, C, H, W] over channels and turns the result into a distribution with its moments.
 
-    weights: see `averaged`. A map without any structure counts as spread evenly over the picture; its gradient is zero, not NaN.
+    weights: see `averaged`. A flat map becomes the uniform distribution; its gradient is zero, not NaN.
     """
     mean = averaged(maps, weights)
     low, high = mean.amin(dim=(1, 2), keepdim=True), mean.amax(dim=(1, 2), keepdim=True)
@@ -187,7 +187,7 @@ def compactness_penalty(subject: Tensor, object: Tensor, weights: Tensor | None 
 
 def _violation(subject: SoftObject, object: SoftObject, direction: tuple[int, int],
                settings: GeometricSettings) -> Tensor:
-    """By how much, [B], the subject fails to lie in `direction` from the object; 0: it does, with the margin."""
+    """By how much, [B], the subject fails to lie in `direction` from the object; 0 where it does, with the margin."""
     margin = settings.diagonal_margin if all(direction) else settings.margin
     total = 0
     for axis, sign in enumerate(direction):

@@ -1,4 +1,4 @@
-"""The paper's relation network: an extractor shared by both objects, and a head (paper.md, "The classifier").
+"""The paper's relation network: an extractor shared by both objects, and a head (docs/method.md, "The classifier").
 
 Module names follow the state dict of the published checkpoints; transformer layers are PyTorch's own.
 """

@@ -1,4 +1,4 @@
-"""The published checkpoint format (paper.md, "Published checkpoints"): what each entry of the pickled dict means.
+"""The published checkpoint format (docs/method.md, "Published checkpoints"): what each entry of the pickled dict means.
 
 pickled.py reads the pickle as data; here every entry is checked when it is read.
 """
@@ -21,7 +21,7 @@ from .steps import PAPER_TIMESTEPS, StepMapping
 LOGGER = logging.getLogger("learn_to_steer")
 LICENCE = ("The terms of the checkpoint's source apply. The Learn-to-Steer authors' own checkpoints are for "
            "non-commercial use only.")
-# Layers x heads of known models (paper.md, "Which maps").
+# Layers x heads of known models (docs/method.md, "Maps").
 _SD_CHANNELS = {"(sd|stablediffusion)v?2": 195, "(sd|stablediffusion)v?1": 128}
 _MODEL_KEYS = ("backbone", "model", "model_name", "model_id", "model_type", "name")
 _ENTRIES = ("config", "training_config", "rel_name_to_idx", "idx_to_rel_name", "input_channels", *_MODEL_KEYS)
@@ -137,7 +137,8 @@ def _layout(path: Path, content: Mapping, training: Mapping, config: NetworkConf
             backbone: str | None) -> MapLayout:
     words = [group[key][:_LONGEST_NAME] for group in (training, content["config"], content) for key in _MODEL_KEYS
              if isinstance(group.get(key), str)]
-    backbone = backbone or _backbone([*words, path.stem], config)
+    stated = backbone or _backbone_by_name(words)
+    backbone = stated or _guessed_backbone(path, config)
     # SD's layers have several resolutions, so its maps are always resized, and then divided by their sum.
     native = backbone == "mmdit" and _native(training, config)
     channels = None
@@ -149,19 +150,26 @@ def _layout(path: Path, content: Mapping, training: Mapping, config: NetworkConf
         channels = next((count for mark, count in _SD_CHANNELS.items()
                          if count <= places and any(re.search(mark, word) for word in squeezed)), None)
     return MapLayout(size=config.map_size, normalise="never" if native else "always", channels=channels,
-                     backbone=backbone)
+                     backbone=backbone, guessed=stated is None and backbone is not None)
 
 
-def _backbone(words: Sequence[str], config: NetworkConfig) -> str | None:
-    """From a model's name in the file, else the file's name, else the depth that the paper gives each family."""
+def _backbone_by_name(words: Sequence[str]) -> str | None:
     for word in words:
         if "flux" in word.lower() or "schnell" in word.lower():
             return "mmdit"
         if re.search(r"unet|stable|(^|[^a-z])sd", word.lower()):
             return "unet"
+    return None
+
+
+def _guessed_backbone(path: Path, config: NetworkConfig) -> str | None:
+    """From the file's name, else the depth that the paper gives each family."""
+    named = _backbone_by_name([path.stem])
+    if named is not None:
+        return named
     guess = {2: "unet", 4: "mmdit"}.get(config.extractor.num_layers)
-    LOGGER.warning("The classifier file does not say which model it was trained on; from its network it is taken for "
-                   "%s. Convert it with --backbone to be explicit.", guess or "fit for any")
+    LOGGER.warning("%s does not say which model it was trained on; from its network it is taken for %s. Choose its backbone in "
+                   "Relation Classifier Loader to be explicit, or convert it with --backbone.", path.name, guess or "fit for any")
     return guess
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import ClassifierError
 
-# Trained step indices by length of the schedule (paper.md, "The classifier").
+# Trained step indices by length of the schedule (docs/method.md, "The classifier").
 PAPER_TIMESTEPS = {50: (5, 10, 15, 20, 25, 49), 4: (1, 3)}
 # Progress comes as float32 (step / steps): 0.1 * 50 must still count as 5, not as a little more.
 _ROUNDING = 1e-3

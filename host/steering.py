@@ -18,7 +18,7 @@ from ..prompts.relations import RelationGraph
 from ..steering.attention import FORWARD_KEY, AttentionMaps
 from ..steering.objective import judge
 from ..steering.optimizer import Evaluation, displacement, steer_step
-from ..steering.report import SteeringReport, UpdateRecord
+from ..steering.report import NON_FINITE, SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .records import Run
@@ -97,8 +97,7 @@ class SteeringSession(Session):
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(start))
             evaluate = functools.partial(self._evaluate, host_model, sigma, scale, arguments, step)
             end = steer_step(start * scale, evaluate, tuple(relation.weight for relation in relations), settings,
-                             self.schedule.step_info(step), sum(r.step < step for r in self.records), self._on_record,
-                             self.steering.move)
+                             self.schedule.step_info(step), self._on_record, self.steering.move)
             difference = (end - start * scale) / scale
         if self.last_maps is not None:
             self.keep(step, self.last_maps, map_grid(x, self.classifier.layout.size))
@@ -148,9 +147,9 @@ class SteeringSession(Session):
 
     def _on_record(self, record: UpdateRecord) -> None:
         self.records.append(record)
-        if record.outcome == "non-finite gradient":
-            log.warning("step %d, update %d: the gradient is not finite; this update is left out", record.step,
-                        record.update)
+        if record.outcome == NON_FINITE:
+            log.warning("step %d, update %d: the gradient is not finite; a smaller move is tried once, then this step goes on "
+                        "unsteered", record.step, record.update)
         if self.steering.on_update is not None:
             self.steering.on_update(record)
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -18,6 +18,8 @@ from ..steering.attention import WordColumns
 
 CONDITIONING_KEY = "learn_to_steer_prompt"
 _EMBEDDING = "embedding:"  # how a prompt names a textual inversion
+_WORD_MARK = "\u2581"  # T5's vocabulary marks the beginning of a word with it
+_UNKNOWN = "?"
 
 
 class TokenError(ValueError):
@@ -30,25 +32,31 @@ class TokenisedPrompt:
 
     streams: token ids per text encoder ("l", "g", "h", "t5xxl"), chunks joined; -1 stands for an embedding.
     tokenize: the encoder's own tokenizer, in the same form, for looking phrases up.
+    piece: a token's own text in the encoder's vocabulary, by stream and id, word marks included ("dog</w>").
     """
 
     text: str
     streams: Mapping[str, tuple[int, ...]]
     tokenize: Callable[[str], Mapping[str, tuple[int, ...]]]
+    piece: Callable[[str, int], str]
 
     @staticmethod
-    def read(text: str, tokenize: Callable[[str], Mapping[str, Sequence]]) -> TokenisedPrompt:
-        """The prompt as the host's `tokenize` (of a CLIP or a tokenizer) sees it."""
+    def read(text: str, tokenizer, tokenize: Callable[[str], Mapping[str, Sequence]] | None = None) -> TokenisedPrompt:
+        """The prompt as the host's `tokenizer` sees it; tokenize: in place of the tokenizer's own (a CLIP adds options)."""
+        tokenize = tokenize or tokenizer.tokenize_with_weights
+
         def flat(words: str) -> dict[str, tuple[int, ...]]:
             return flat_tokens(tokenize(words))
 
-        return TokenisedPrompt(text, flat(text), flat)
+        return TokenisedPrompt(text, flat(text), flat, functools.partial(_piece, tokenizer))
 
     def find(self, phrase: str, stream: str) -> tuple[int, ...]:
         """Positions of the phrase's tokens in `stream`; "dog#2" asks for the second occurrence.
 
-        The phrase counts where it stands as whole words, whatever the case. Raises TokenError where the prompt does
-        not contain it (often enough), and where the encoder's tokens join it to another word.
+        The phrase counts where it stands as whole words, whatever the case. It begins at the first token with text of its
+        own: T5 writes "zebra" as the bare word mark, "z" and "ebra", and the mark is left out, as in the paper's code.
+        Raises TokenError where the prompt does not contain the phrase (often enough), and where the encoder's tokens join
+        it to another word.
         """
         words, _, number = phrase.partition("#")
         words, wanted = words.strip(), int(number) if number.strip().isdecimal() else 1
@@ -62,7 +70,9 @@ class TokenisedPrompt:
         if not places:
             raise TokenError(f"input 'positive': in the prompt \"{self.text}\" the text encoder does not keep \"{words}\" "
                              "apart from what stands beside it. Write a space before and after it, or use another word.")
-        return places
+        tokens = self.streams[stream]
+        first = next((i for i, place in enumerate(places) if self.piece(stream, tokens[place]).strip(_WORD_MARK)), 0)
+        return places[first:]
 
     def _spans(self, words: str) -> list[tuple[int, int]]:
         """(start, end) of the words in the text as the encoder reads it: the segments, a space between them.
@@ -111,7 +121,7 @@ class TokenisedPrompt:
 
 
 def _segments(text: str) -> list[str]:
-    """The pieces of one weight each that the host tokenises one by one, without "(…:1.2)" and escapes.
+    """The pieces of one weight each that the host tokenises one by one, without "(...:1.2)" and escapes.
 
     NFC is what both tokenizers make of the text first.
     """
@@ -133,6 +143,12 @@ def _is_mark(character: str) -> bool:
     return not character.isalnum() and not character.isspace()
 
 
+def _piece(tokenizer, stream: str, token: int) -> str:
+    """A token's own text; of an embedding, and where the vocabulary does not name it, a placeholder."""
+    part = getattr(tokenizer, stream, None) or getattr(tokenizer, f"clip_{stream}", None)
+    return getattr(part, "inv_vocab", {}).get(token, _UNKNOWN)
+
+
 def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]:
     """Token ids of the host's `clip.tokenize`, chunks joined."""
     return {stream: tuple(-1 if isinstance(pair[0], Tensor) else int(pair[0]) for chunk in chunks for pair in chunk)
@@ -147,7 +163,7 @@ def _tokenizer(clip) -> Callable[[str], Mapping[str, Sequence]]:
 
 def encode_prompt(clip, text: str) -> list:
     """CONDITIONING of `text`, as the host's CLIPTextEncode makes it, with the token positions inside."""
-    prompt = TokenisedPrompt.read(text, _tokenizer(clip))
+    prompt = TokenisedPrompt.read(text, clip.tokenizer, _tokenizer(clip))
     return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={CONDITIONING_KEY: prompt})
 
 

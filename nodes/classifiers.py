@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..classifiers.base import BACKBONES
 from ..classifiers.checkpoint import load_classifier
 from ..classifiers.geometric import GeometricClassifier
 from .types import CATEGORY, Classifier
@@ -14,6 +15,7 @@ from .types import CATEGORY, Classifier
 FOLDER = "relation_classifiers"
 SUFFIXES = {".safetensors", ".pth", ".pt"}
 GEOMETRIC = "geometric (built in)"
+FROM_FILE = "from the file"
 SHIPPED = Path(__file__).parent.parent / "classifiers" / "weights"
 
 
@@ -45,19 +47,23 @@ class RelationClassifierLoader(io.ComfyNode):
             inputs=[io.Combo.Input("classifier_name", options=[GEOMETRIC, *shipped(), *files], default=GEOMETRIC,
                                    tooltip="The geometric rule needs no file. Files (.safetensors, or published .pth) go "
                                            "into models/relation_classifiers; they fit the model that they were trained "
-                                           "on.")],
+                                           "on."),
+                    io.Combo.Input("backbone", options=[FROM_FILE, *BACKBONES], default=FROM_FILE, optional=True, advanced=True,
+                                   tooltip="The kind of model that the classifier was trained on: unet (Stable Diffusion) or "
+                                           "mmdit (FLUX). Published files often do not say it, and then it is guessed; choose "
+                                           "it here where the guess is wrong. The geometric rule works with both.")],
             outputs=[Classifier.Output("classifier", display_name="classifier", tooltip="For the steering nodes.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, classifier_name: str):
+    def fingerprint_inputs(cls, classifier_name: str, backbone: str = FROM_FILE):
         return classifier_name if classifier_name == GEOMETRIC else path_of(classifier_name).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, classifier_name: str) -> io.NodeOutput:
+    def execute(cls, classifier_name: str, backbone: str = FROM_FILE) -> io.NodeOutput:
         if classifier_name == GEOMETRIC:
             return io.NodeOutput(GeometricClassifier())
-        return io.NodeOutput(load_classifier(path_of(classifier_name)))
+        return io.NodeOutput(load_classifier(path_of(classifier_name), backbone=None if backbone == FROM_FILE else backbone))
 
 
 NODES = [RelationClassifierLoader]

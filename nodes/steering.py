@@ -12,50 +12,10 @@ from ..host.steering import Steering
 from ..host.stepping import Schedule
 from ..pictures.overlays import probability_plot
 from ..steering.report import SteeringReport, UpdateRecord
-from ..steering.settings import RELATIONS_PER_UPDATE, UPDATE_RULES, SteeringSettings
+from ..steering.settings import SteeringSettings
 from .runs import find_run
+from .settings import read_settings, settings_inputs
 from .types import CATEGORY, Report, RunLog, check_numbers, classifier_input, graph_input, maps_output, report_output
-
-DEFAULTS = SteeringSettings()
-
-
-def settings_inputs() -> list[io.Input]:
-    return [
-        io.Float.Input("start_percent", default=DEFAULTS.start, min=0.0, max=1.0, step=0.01,
-                       tooltip="Where steering begins, as a fraction of the whole denoising schedule; img2img at denoise "
-                               "0.6 runs from 0.4 on."),
-        io.Float.Input("end_percent", default=DEFAULTS.end, min=0.0, max=1.0, step=0.01,
-                       tooltip="Where steering ends. Layout is decided early: the first half is enough."),
-        io.Float.Input("step_size", default=DEFAULTS.step_size, min=0.0, max=100.0, step=0.05,
-                       tooltip="How far one update moves the latent: percent of its size (normalised), or the factor on "
-                               "the gradient (raw gradient; the paper uses 5). 0 switches steering off."),
-        io.Int.Input("max_updates", default=DEFAULTS.max_updates, min=0, max=100,
-                     tooltip="Updates per denoising step at most. 0 switches steering off."),
-        io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.0001,
-                       tooltip="A denoising step needs no further update once the classifier gives every relation this "
-                               "probability and (unless compactness is 0) each object's attention lies in one place."),
-        io.Combo.Input("update_rule", options=list(UPDATE_RULES), default=DEFAULTS.update_rule, advanced=True,
-                       tooltip="normalised: each update has the same length. raw gradient: as in the paper, for published "
-                               "classifiers."),
-        io.Combo.Input("relations_per_update", options=list(RELATIONS_PER_UPDATE), default=DEFAULTS.relations_per_update,
-                       advanced=True, tooltip="all: an update follows the weighted mean of all relations. one: the "
-                                              "relations take turns, as in the paper."),
-        io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
-                         tooltip="Compute each block again for the gradient instead of keeping its activations: far less "
-                                 "memory, about half as much more time. Same gradient."),
-        io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True, optional=True,
-                       tooltip="Keeps each object in one place, so that steering does not draw it twice; updates go on "
-                               "until that is so. 0: the classifier's loss alone, as in the paper, and fewer updates."),
-    ]
-
-
-def read_settings(start_percent: float, end_percent: float, step_size: float, max_updates: int, stop_probability: float,
-                  update_rule: str, relations_per_update: str, save_memory: bool,
-                  compactness: float = DEFAULTS.compactness) -> SteeringSettings:
-    check_numbers(start_percent=start_percent, end_percent=end_percent, step_size=step_size, stop_probability=stop_probability,
-                  compactness=compactness)
-    return SteeringSettings(start_percent, end_percent, step_size, max_updates, stop_probability, update_rule,
-                            relations_per_update, save_memory, compactness)
 
 
 class SamplingProgress:
@@ -118,7 +78,7 @@ class SpatialSteeringKSampler(io.ComfyNode):
     def execute(cls, model, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive, negative,
                 latent_image, denoise: float, graph, classifier, **settings) -> io.NodeOutput:
         check_numbers(cfg=cfg, denoise=denoise)
-        settings = read_settings(**settings)
+        settings = read_settings(model, **settings)
         sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise,
                                          model.model_options).sigmas
         progress = SamplingProgress(model, Schedule.of(model.get_model_object("model_sampling"), sigmas), settings)
@@ -158,7 +118,7 @@ class ApplySpatialSteering(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, graph, classifier, **settings) -> io.NodeOutput:
-        return io.NodeOutput(*apply_steering(model, Steering(graph, classifier, read_settings(**settings))))
+        return io.NodeOutput(*apply_steering(model, Steering(graph, classifier, read_settings(model, **settings))))
 
 
 class SteeringResult(io.ComfyNode):

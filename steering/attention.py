@@ -76,7 +76,7 @@ class LayerMaps:
 class AttentionMaps:
     """What one forward pass shows of the words `phrases`.
 
-    layers: resolution ascending, within a resolution in execution order (paper: "Which maps, in which order").
+    layers: resolution ascending, within a resolution in execution order (docs/method.md, "Maps").
     conditioning: the host's uuid of the one that they are of.
     """
 

@@ -1,4 +1,4 @@
-"""From maps, relations and a classifier to a loss and probabilities (paper: "Inference", items 2 and 3)."""
+"""From maps, relations and a classifier to a loss and probabilities (docs/method.md, "The loss")."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .attention import AttentionMaps
 class Judgement:
     """What the classifier says of each relation. loss, probability: [B, relations]; probability of the right class.
 
-    A diagonal with two targets has the mean of both cross-entropies as loss and exp(−loss) as probability, scaled so
+    A diagonal with two targets has the mean of both cross-entropies as loss and exp(-loss) as probability, scaled so
     that an even split between its two targets counts as 1. dispersion: [B, relations], the part of the loss that comes from
     attention spread over more than one place.
     """
@@ -38,7 +38,7 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
     """Loss and probability of every relation, differentiable w.r.t. the maps.
 
     progress: fraction of the denoising schedule that lies behind; compactness: weight in the loss, per side of the
-    picture, of how far the attention to the two objects dispersions (not part of the paper's loss).
+    picture, of how far the attention to the two objects is spread (not part of the paper's loss).
     Raises ClassifierError where the maps do not fit the classifier or a relation is unknown to it.
     """
     check_layout(classifier, maps.channels, backbone)

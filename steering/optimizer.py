@@ -1,6 +1,10 @@
-"""The update loop of one denoising step, and when it stops (paper: "Inference", item 4). Plain tensors, no host."""
+"""The update loop of one denoising step, and when it stops (docs/method.md, "Steering a denoising step").
+
+Plain tensors, no host.
+"""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .objective import Judgement, total_loss
-from .report import UpdateRecord
+from .report import MOVED, NO_GRADIENT, NON_FINITE, NOT_RECORDED, SATISFIED, UpdateRecord
 from .settings import SteeringSettings
 
 
@@ -26,7 +30,7 @@ class StepInfo:
 class Evaluation:
     """One evaluation at a latent: what the classifier says, and the way back to the latent.
 
-    gradient(loss): d loss / d latent, [B, …], in model-input space; may be called once.
+    gradient(loss): d loss / d latent, [B, ...], in model-input space; may be called once.
     """
 
     judgement: Judgement
@@ -34,49 +38,120 @@ class Evaluation:
 
 
 def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
-    """The move against the gradient, [B, …], in model-input space.
+    """The move against the gradient, [B, ...], in model-input space.
 
-    A normalised one has its length by the cells that have a gradient: an inpainting mask or an area leaves the others be.
+    The length of a normalised move counts only cells with a gradient: those outside a mask or area have none.
     """
     if settings.update_rule == "raw gradient":
         return -settings.step_size * gradient
-    flat = gradient.flatten(1)
-    length = settings.step_size / 100 * (flat != 0).sum(dim=1).to(flat.dtype).sqrt()
-    norm = flat.norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    return -gradient * (length / norm).reshape(-1, *[1] * (gradient.ndim - 1))
+    length = settings.step_size / 100 * (gradient != 0).flatten(1).sum(dim=1).to(gradient.dtype).sqrt()
+    scaled, _ = _scaled(gradient)
+    return -scaled * _per_picture(length / scaled.flatten(1).norm(dim=1).clamp_min(0.5), gradient)
 
 
 def steer_step(latent: Tensor, evaluate: Callable[[Tensor], Evaluation | None], weights: tuple[float, ...],
-               settings: SteeringSettings, step: StepInfo, turn: int = 0,
-               on_record: Callable[[UpdateRecord], None] = lambda record: None,
+               settings: SteeringSettings, step: StepInfo, on_record: Callable[[UpdateRecord], None] = lambda record: None,
                move: Callable[[Tensor, SteeringSettings], Tensor] = displacement) -> Tensor:
-    """Moves `latent` [B, …] (model-input space) until every relation holds or the updates are used up.
+    """Moves `latent` [B, ...] (model-input space) until the relations hold or the updates are used up.
 
-    evaluate: of a latent; None where the host ran nothing that could be read; weights: of the relations, above 0;
-    turn: updates before this step, for taking turns; on_record: called after each evaluation, may raise to interrupt;
-    move: from a gradient to the displacement. Each picture of the batch stops on its own. A non-finite gradient moves
-    nothing.
+    evaluate: of a latent; None where the host ran nothing that could be read. weights: of the relations, above 0.
+    on_record: called after each evaluation, may raise to interrupt. move: from a gradient to the displacement.
+    Each picture of the batch stops on its own.
     """
+    taking_turns = settings.relations_per_update == "one"
+    pictures = _Pictures(latent, patience=len(weights) if taking_turns else 1)
     for update in range(settings.max_updates):
         began = time.perf_counter()
-        evaluation = evaluate(latent)
+        evaluation = evaluate(pictures.latent)
         if evaluation is None:
-            on_record(_record(step, update, None, None, None, None, "not recorded", began))
-            return latent
-        open_pictures = ~(evaluation.judgement.fulfilment >= settings.stop_probability).all(-1)
-        chosen = (turn + update) % len(weights) if settings.relations_per_update == "one" else None
+            on_record(_record(step, update, None, None, None, None, NOT_RECORDED, began))
+            break
+        chosen = update % len(weights) if taking_turns else None
         loss = total_loss(evaluation.judgement, weights, chosen)
-        if not open_pictures.any():
-            on_record(_record(step, update, evaluation, loss, None, open_pictures, "satisfied", began))
-            return latent
+        pictures.close(_reached(evaluation.judgement, settings, step.step, chosen))
+        if not pictures.open.any():
+            on_record(_record(step, update, evaluation, loss, None, pictures.open, SATISFIED, began))
+            break
         gradient = evaluation.gradient(loss)
-        finite = gradient.flatten(1).isfinite().all(-1)
-        moved = open_pictures & finite
-        mask = moved.reshape(-1, *[1] * (latent.ndim - 1))
-        latent = torch.where(mask, latent + move(gradient, settings), latent)
-        outcome = "moved" if finite[open_pictures].all() else "non-finite gradient"
+        outcome, moved = pictures.advance(gradient, move(gradient, settings))
         on_record(_record(step, update, evaluation, loss, gradient, moved, outcome, began))
-    return latent
+        if not pictures.open.any():
+            break
+    return pictures.latent
+
+
+class _Pictures:
+    """The pictures of a batch within one denoising step, each with a state of its own.
+
+    latent: [B, ...]; open: [B], pictures that are still moved; patience: evaluations without a gradient after which a
+    picture is closed, since the same ones would follow.
+    """
+
+    def __init__(self, latent: Tensor, patience: int):
+        self.latent, self._before, self._patience = latent, latent, patience
+        self.open = torch.ones(len(latent), dtype=torch.bool, device=latent.device)
+        self._has_moved, self._halved = torch.zeros_like(self.open), torch.zeros_like(self.open)
+        self._idle = torch.zeros_like(self.open, dtype=torch.int)
+
+    def close(self, pictures: Tensor) -> None:
+        self.open = self.open & ~pictures
+
+    def advance(self, gradient: Tensor, displacement: Tensor) -> tuple[str, Tensor]:
+        """Moves the open pictures; returns the outcome and which ones, [B], followed their gradient.
+
+        Where the gradient is not finite, the last move is halved, once in a step. Where it still is not, or nothing was
+        moved yet, the picture goes back to its last good latent and is closed.
+        """
+        ahead = self.latent + displacement
+        finite = _all_finite(gradient) & _all_finite(ahead)
+        flat = (gradient == 0).flatten(1).all(dim=1)
+        moved, broken = self.open & finite & ~flat, self.open & ~finite
+        halved = broken & self._has_moved & ~self._halved
+        given_up = broken & ~halved
+        halfway = (self._before + self.latent) / 2
+        before = torch.where(_per_picture(moved, ahead), self.latent, self._before)
+        for pictures, place in ((moved, ahead), (halved, halfway), (given_up, self._before)):
+            self.latent = torch.where(_per_picture(pictures, place), place, self.latent)
+        self._before, self._has_moved, self._halved = before, self._has_moved | moved, self._halved | halved
+        self._idle = torch.where(flat, self._idle + 1, 0)
+        outcome = NON_FINITE if broken.any() else MOVED if moved.any() else NO_GRADIENT
+        self.close(given_up | (self._idle >= self._patience))
+        return outcome, moved
+
+
+def _reached(judgement: Judgement, settings: SteeringSettings, step: int, chosen: int | None) -> Tensor:
+    """Which pictures, [B], need no further update in this step: by every relation, or by relation `chosen` alone."""
+    targets = settings.loss_targets
+    if targets:
+        holds = judgement.loss <= targets[min(step, len(targets) - 1)]
+    else:
+        holds = judgement.fulfilment >= settings.stop_probability
+    return holds.all(-1) if chosen is None else holds[:, chosen]
+
+
+def _per_picture(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to be broadcast against `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _all_finite(values: Tensor) -> Tensor:
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+def _scaled(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`values` over a power of two per picture, so that the largest is about 1, and these powers, [B].
+
+    The squares of very small or large gradients would leave the range of the numbers; powers of two round nothing.
+    """
+    smallest = math.log2(torch.finfo(values.dtype).tiny)
+    power = 2.0 ** values.flatten(1).abs().amax(dim=1).log2().floor().clamp_min(smallest)
+    return values / _per_picture(power, values), power
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Euclidean norm of each picture, [B]."""
+    scaled, power = _scaled(values)
+    return power * scaled.flatten(1).norm(dim=1)
 
 
 def _record(step: StepInfo, update: int, evaluation: Evaluation | None, loss: Tensor | None, gradient: Tensor | None,
@@ -85,5 +160,5 @@ def _record(step: StepInfo, update: int, evaluation: Evaluation | None, loss: Te
         step=step.step, update=update, sigma=step.sigma, progress=step.progress,
         loss=() if loss is None else tuple(loss.detach().tolist()),
         probability=() if evaluation is None else tuple(map(tuple, evaluation.judgement.probability.tolist())),
-        gradient_norm=None if gradient is None else tuple(gradient.flatten(1).norm(dim=1).tolist()),
+        gradient_norm=None if gradient is None else tuple(_norm(gradient).tolist()),
         moved=() if moved is None else tuple(moved.tolist()), outcome=outcome, seconds=time.perf_counter() - began)

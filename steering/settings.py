@@ -5,18 +5,26 @@ from dataclasses import dataclass
 
 UPDATE_RULES = ("normalised", "raw gradient")
 RELATIONS_PER_UPDATE = ("all", "one")
+PAPER_LOSS_TARGETS = (1e-5, 3e-5, 5e-5, 7e-5)
+PAPER_STEP_SIZE = 5.0
 
 
 @dataclass(frozen=True)
 class SteeringSettings:
     """How to steer.
 
-    start, end: window as fractions of the schedule. step_size: with "normalised", how far an update moves the latent,
-    in percent of a unit-variance latent's norm (of the part that can move); with "raw gradient" (the paper's rule), the
-    factor on the gradient. Both in model-input space. max_updates: per denoising step. stop_probability: a step ends
-    once every relation's fulfilment (probability, less while an object's attention is spread) reached it.
-    relations_per_update: "all" descends their weighted mean, "one" takes turns (the paper's rule). compactness: weight
-    of the term that keeps each object in one place (0: the paper's loss).
+    start, end: window as fractions of the schedule.
+    step_size: with "normalised", length of an update in percent of a unit-variance latent's norm (of the part that can
+        move); with "raw gradient" (the paper's rule), the factor on the gradient. Both in model-input space.
+    max_updates: per denoising step; the paper's setting of 15 means 16.
+    stop_probability: a step ends once every relation's fulfilment (probability, less while an object's attention is
+        spread) reached it. Not used with `loss_targets`.
+    relations_per_update: "all" descends the weighted mean of all relations. "one" takes turns, as in the paper: each
+        denoising step begins with the first relation, and ends once the relation whose turn it is has reached its target.
+    recompute: computes activations again for the gradient instead of keeping them.
+    compactness: weight of the term that keeps each object in one place; 0: the paper's loss.
+    loss_targets: a step ends once the loss is at most the target of its index, the last one for all later steps; empty:
+        `stop_probability` decides.
     """
 
     start: float = 0.0
@@ -28,6 +36,13 @@ class SteeringSettings:
     relations_per_update: str = "all"
     recompute: bool = False
     compactness: float = 6.0
+    loss_targets: tuple[float, ...] = ()
+
+    @classmethod
+    def as_in_the_paper(cls, step_size: float = PAPER_STEP_SIZE, end: float = 0.5, recompute: bool = False) -> SteeringSettings:
+        """The paper's settings (docs/method.md, "Settings"). step_size: 7.5 for SD 1.x; end: 0.25 for FLUX.1-schnell."""
+        return cls(start=0.0, end=end, step_size=step_size, max_updates=16, update_rule="raw gradient",
+                   relations_per_update="one", recompute=recompute, compactness=0.0, loss_targets=PAPER_LOSS_TARGETS)
 
     @property
     def is_off(self) -> bool:

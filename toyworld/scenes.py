@@ -170,7 +170,7 @@ def _apart(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 
 
 def true_relations(subject_box: tuple[float, ...], object_box: tuple[float, ...]) -> frozenset[str]:
-    """The cardinal relations that hold by GenEval's rule (paper.md): none, one, or two for a diagonal.
+    """The cardinal relations that hold by GenEval's rule (docs/method.md): none, one, or two for a diagonal.
 
     Boxes are (x0, y0, x1, y1) in pixels, y downward.
     """

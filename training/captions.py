@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Caption:
-    """`A {subject} {relation} a {object}` (paper: "Training data"), "an" where English wants it."""
+    """`A {subject} {relation} a {object}` (docs/method.md, "Training data"), "an" where English wants it."""
 
     subject: str
     relation: str

@@ -1,6 +1,6 @@
 """From a picture and a caption to attention maps: invert the picture to noise, denoise it back, record on the way.
 
-UNets: fixed-point DDIM inversion. Flow models: rectified-flow inversion (paper: "Training data"). Both run as a SAMPLER
+UNets: fixed-point DDIM inversion. Flow models: rectified-flow inversion (docs/method.md, "Training data"). Both run as a SAMPLER
 of the host under its own CFGGuider with guidance 1, so loading, conditioning, hooks and LoRAs are the host's.
 """
 from __future__ import annotations

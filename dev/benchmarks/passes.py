@@ -66,7 +66,7 @@ def random_flux() -> comfy.model_patcher.ModelPatcher:
 
 def conditioning(tokenizer, stream: str, width: int, details: dict) -> list:
     """A random encoding of PROMPT, as long as the tokenizer makes it."""
-    prompt = TokenisedPrompt.read(PROMPT, tokenizer.tokenize_with_weights)
+    prompt = TokenisedPrompt.read(PROMPT, tokenizer)
     return [[torch.randn(1, len(prompt.streams[stream]), width), {CONDITIONING_KEY: prompt, **details}]]
 
 

@@ -12,11 +12,9 @@ SD21, DEV, SCHNELL = "v2-1_512-ema-pruned.safetensors", "flux1-dev.safetensors",
 LORA = "my_dog_lora.safetensors"
 SD21_SAMPLING = {"seed": 0, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 
-FLUX_WINDOWS = {"flux_dev": "0 to 0.5", "flux_schnell": "0 to 0.25 (the first step)"}
-
 
 def sd21_note(name: str, height: int = 560) -> Note:
-    paper = read_note("_paper", classifier="sd2", window="0 to 0.5")
+    paper = read_note("_paper", classifier="sd2")
     files = read_note("_sd21_files", model=SD21)
     return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured"), lora=LORA), 520, height)
 
@@ -25,7 +23,7 @@ def flux_note(name: str, schnell: bool = False) -> Note:
     classifier = "flux_schnell" if schnell else "flux_dev"
     files = read_note("_flux_files", model=SCHNELL if schnell else DEV,
                       repository="FLUX.1-schnell" if schnell else "FLUX.1-dev")
-    paper = read_note("_paper", classifier=classifier, window=FLUX_WINDOWS[classifier])
+    paper = read_note("_paper", classifier=classifier)
     return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured")), 560, 600)
 
 

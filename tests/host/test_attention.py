@@ -153,7 +153,7 @@ def test_an_unsupported_network_is_named():
 
 def clip_prompt(text: str) -> TokenisedPrompt:
     from comfy.sd1_clip import SD1Tokenizer
-    return TokenisedPrompt.read(text, SD1Tokenizer().tokenize_with_weights)
+    return TokenisedPrompt.read(text, SD1Tokenizer())
 
 
 def test_words_among_clip_tokens():
@@ -171,7 +171,7 @@ def test_words_among_clip_tokens():
 
 def test_words_among_t5_tokens_end_where_a_word_ends():
     from comfy.text_encoders.flux import FluxTokenizer
-    prompt = TokenisedPrompt.read("a dogfish above a dog, left of a Teddy Bear", FluxTokenizer().tokenize_with_weights)
+    prompt = TokenisedPrompt.read("a dogfish above a dog, left of a Teddy Bear", FluxTokenizer())
     (place,) = prompt.find("dog", "t5xxl")
     assert place > prompt.find("above", "t5xxl")[0]
     assert prompt.find("teddy bear", "t5xxl")[0] > place
@@ -181,5 +181,5 @@ def test_words_in_the_second_chunk_and_in_sdxl_streams():
     from comfy.sdxl_clip import SDXLTokenizer
     long = "a green field, " * 30 + "a dog left of a cat"
     assert clip_prompt(long).find("dog", "l")[0] > 77
-    prompt = TokenisedPrompt.read(long, SDXLTokenizer().tokenize_with_weights)
+    prompt = TokenisedPrompt.read(long, SDXLTokenizer())
     assert prompt.find("dog", "g") == prompt.find("dog", "l")

@@ -3,37 +3,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import published_files
 import pytest
 import torch
 from conftest import Scene
 from learn_to_steer.classifiers.base import ClassifierError
 from learn_to_steer.classifiers.checkpoint import load_classifier, save_classifier
-from learn_to_steer.classifiers.network import RelationNetwork, paper_config
 from learn_to_steer.host.patching import apply_steering
+from learn_to_steer.steering.settings import SteeringSettings
 from test_gradient import assert_agree, build, check
 
-RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
-PAPER = {"update_rule": "raw gradient", "step_size": 5.0, "relations_per_update": "one", "compactness": 0.0, "end": 0.5,
-         "max_updates": 3, "stop_probability": 1.0}
+PAPER = vars(SteeringSettings.as_in_the_paper())
 
 
-def published(folder: Path, name: str, backbone: str = "unet", channels: int = 1368) -> Path:
-    """A checkpoint in the published form (paper.md, "Published checkpoints") with random weights.
-
-    The first layer is made strong enough for maps whose cells are about 1/256, as training makes it.
-    """
-    torch.manual_seed(0)
-    config = paper_config(backbone, d_model=32)
-    network = RelationNetwork(config, channels, len(RELATIONS))
-    with torch.no_grad():
-        network.object_extractor.input_projection.weight.mul_(300)
-        network.object_extractor.output_projection.weight.mul_(5)
-    path = folder / name
-    torch.save({"model_state_dict": network.state_dict(), "input_channels": channels, "config": config.to_dict(),
-                "rel_name_to_idx": {relation: index for index, relation in enumerate(RELATIONS)},
-                "idx_to_rel_name": dict(enumerate(RELATIONS)),
-                "training_config": {"timesteps": [5, 10, 15, 20, 25, 49], "num_timesteps": 50, "orig_map_size": 32}}, path)
-    return path
+def published(folder: Path, name: str, backbone: str = "unet") -> Path:
+    """A published checkpoint with random weights, whose gradient is large enough to be seen."""
+    shape = published_files.SHAPES[backbone]
+    weights = published_files.random_weights(shape, 1368, contrast=100)
+    torch.save(published_files.checkpoint(shape, weights=weights), folder / name)
+    return folder / name
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
@@ -56,7 +44,7 @@ def test_a_published_file_steers_and_does_so_alike_when_converted(tmp_path: Path
         patched, runs = apply_steering(scene.model, scene.steering(classifier=classifier, **PAPER))
         made.append(scene.sample(patched))
         records = runs.last.report.records
-        assert [record.outcome for record in records] == ["moved"] * len(records) and len(records) >= PAPER["max_updates"]
+        assert {record.outcome for record in records} <= {"moved", "satisfied"}
         losses = [record.loss[0] for record in records if record.step == 0]
         assert losses[-1] < losses[0]
     assert not torch.equal(made[0], plain)

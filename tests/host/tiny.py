@@ -37,7 +37,7 @@ def unet_patcher(overrides: dict | None = None, config=comfy.supported_models.SD
 def conditioning(pack, text: str, width: int = 32, batch: int = 1, seed: int = 1, **extra) -> list:
     """CONDITIONING with random embeddings of the real tokens of `text` (CLIP BPE)."""
     tokens = pack.host.tokens
-    prompt = tokens.TokenisedPrompt.read(text, SD1Tokenizer().tokenize_with_weights)
+    prompt = tokens.TokenisedPrompt.read(text, SD1Tokenizer())
     ids = prompt.streams["l"]
     table = torch.randn(49408, width, generator=torch.Generator().manual_seed(seed))
     embedding = table[list(ids)][None].repeat(batch, 1, 1)

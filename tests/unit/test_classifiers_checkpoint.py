@@ -10,9 +10,9 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import numpy
+import published_files
 import pytest
 import torch
 from learn_to_steer.classifiers.base import ClassifierError, MapLayout, check_layout
@@ -32,19 +32,13 @@ RELATIONS = ("above", "below", "to the left of", "to the right of", "is")
 CHANNELS = 40
 
 
-def small_config(backbone="unet"):
-    return paper_config(backbone, d_model=32).to_dict()
-
-
-def published(backbone="unet", **entries):
+def published(backbone="unet", channels=CHANNELS, **entries):
     """A checkpoint as the paper's training script leaves it, numpy scalars and all."""
-    torch.manual_seed(0)
-    network = RelationNetwork(paper_config(backbone, d_model=32), CHANNELS, len(RELATIONS))
+    shape = published_files.SHAPES[backbone]
     return {
-        "model_state_dict": network.state_dict(),
+        **published_files.checkpoint(shape, channels),
         "rel_name_to_idx": {name: numpy.int64(index) for index, name in enumerate(RELATIONS)},
-        "idx_to_rel_name": dict(enumerate(RELATIONS)), "input_channels": CHANNELS,
-        "config": {**small_config(backbone), "num_timesteps": numpy.int64(50)},
+        "config": {**published_files.config(shape), "num_timesteps": numpy.int64(50)},
         "training_config": {"timesteps": [5, 10, 15, 20, 25, 49], "num_timesteps": 50, "orig_map_size": 32,
                             "lr": numpy.float64(1e-4), "weights": numpy.array([0.5, 2.0], dtype=numpy.float32),
                             "amp": numpy.bool_(True), "out": pathlib.Path("runs/1"),
@@ -58,10 +52,12 @@ def write(folder, content, name="sd2.pth"):
     return folder / name
 
 
+def stacks():
+    return torch.rand(2, 4, CHANNELS - 3, 16, 16, generator=torch.Generator().manual_seed(3)).unbind()
+
+
 def logits(classifier):
-    generator = torch.Generator().manual_seed(3)
-    subject, object = torch.rand(2, 4, CHANNELS - 3, 16, 16, generator=generator).unbind()
-    return classifier.network(subject, object, torch.tensor([5, 10, 25, 49]))
+    return classifier.network(*stacks(), torch.tensor([5, 10, 25, 49]))
 
 
 # --- what must load ----------------------------------------------------------------------------------------------
@@ -82,9 +78,10 @@ def test_published_checkpoint_loads_and_survives_conversion(tmp_path):
     assert first.training == second.training and second.training["lr"] == 1e-4
     assert second.training["out"] == "runs/1" and second.training["weights"] == [0.5, 2.0]
     assert second.licence == LICENCE
-    network = RelationNetwork(paper_config("unet", d_model=32), CHANNELS, 5)
-    network.load_state_dict(published()["model_state_dict"])
-    assert torch.equal(logits(SimpleNamespace(network=network.eval().requires_grad_(False))), logits(first))
+    subject, object = stacks()
+    for row, step in enumerate((5, 10, 25, 49)):
+        wanted = published_files.logits(subject[row], object[row], step, published_files.SD, published()["model_state_dict"])
+        torch.testing.assert_close(logits(first)[row], wanted, rtol=0, atol=1e-5)
 
 
 def test_numpy_scalars_under_their_old_names_load(tmp_path):
@@ -141,9 +138,7 @@ def test_weights_that_the_config_switches_off_are_ignored(tmp_path, change):
     ("mmdit", "any.pth", {}, MapLayout(16, "always", 1368, "mmdit", 1368)),
 ])
 def test_layout_is_read_from_what_the_file_says(tmp_path, backbone, name, training, expected):
-    torch.manual_seed(0)
-    network = RelationNetwork(paper_config(backbone, d_model=32), 1368, 5)
-    content = published(backbone, model_state_dict=network.state_dict(), input_channels=1368, training_config=training)
+    content = published(backbone, 1368, training_config=training)
     classifier = load_classifier(write(tmp_path, content, name))
     assert classifier.layout == expected
     steps = (1, 3) if training.get("num_timesteps") == 4 else (5, 10, 15, 20, 25, 49)

@@ -1,4 +1,4 @@
-"""The network against a second computation written from paper.md with plain tensor operations."""
+"""The network against a second computation written from docs/method.md with plain tensor operations."""
 from __future__ import annotations
 
 import math
