@@ -45,8 +45,9 @@ class CaptureSession(Session):
         def around(model, x, sigma, arguments):
             self.recorder.active = step in window
             try:
-                denoised = model(x, sigma, **arguments)
-                self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
+                with self.recording():
+                    denoised = model(x, sigma, **arguments)
+                    self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
                 return denoised
             finally:
                 self.recorder.active = False

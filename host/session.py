@@ -5,13 +5,15 @@ model that looks at the sampler's latent before a step's first evaluation; the s
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.samplers
 from torch import Tensor
 
-from ..steering.attention import AttentionMaps, MapRecorder
+from ..steering.attention import AttentionMaps, MapRecorder, UnreadableAttention
 from .backbones import find_backbone
+from .other_packs import what_to_do
 from .records import AttentionRecord, StepMaps
 from .stepping import Schedule, SteeringError
 from .tokens import find_columns
@@ -25,6 +27,7 @@ class Session:
 
     def __init__(self, guider, sigmas: Tensor, phrases: Sequence[str], forward: object):
         self.base_model = guider.inner_model
+        self.model_options = guider.model_options
         self.network = self.base_model.diffusion_model
         self.backbone = find_backbone(self.network)
         self.positive = self._positive(guider)
@@ -46,11 +49,31 @@ class Session:
         """Calls the host's sampler function with a model and a callback that this session watches."""
         raise NotImplementedError
 
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """One evaluation of the model and `take` belong inside. However it ends, the recorder holds nothing of it afterwards.
+
+        Raises SteeringError where other packs make the maps unreadable.
+        """
+        try:
+            yield
+        except UnreadableAttention as error:
+            raise SteeringError(f"input 'model': {error}. {what_to_do(self.model_options)}") from error
+        finally:
+            self.recorder.clear()
+
     def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
         """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
         maps = self.recorder.take()
+        if not maps.layers:
+            return maps
         area = next((comfy.samplers.get_area_and_mult(cond, x, sigma).area for cond in self.positive
-                     if maps.layers and cond["uuid"] == maps.conditioning and "area" in cond), None)
+                     if cond["uuid"] == maps.conditioning and "area" in cond), None)
+        expected = (x.shape[0], *(x.shape[-2:] if area is None else area[:2]))
+        if self.recorder.evaluated != expected:
+            shown, wanted = ("{} x {} x {}".format(*shape) for shape in (self.recorder.evaluated, expected))
+            raise UnreadableAttention(f"the model was evaluated on {shown} (pictures x height x width in latent cells) instead "
+                                      f"of {wanted}, in tiles perhaps, so the maps are not those of the picture")
         return maps if area is None else maps.placed(area, x.shape[-2:])
 
     def keep(self, step: int, maps: AttentionMaps, size: int | tuple[int, int], every: bool = False) -> None:

@@ -21,9 +21,11 @@ from ..steering.optimizer import Evaluation, displacement, steer_step
 from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
+from .memory import MemoryPlan
+from .other_packs import what_to_do
 from .saved_tensors import InPlaceWriteTracker
 from .session import Session, map_grid
-from .stepping import SampledModel, first_evaluations, unwrapped
+from .stepping import SampledModel, SteeringError, first_evaluations, unwrapped
 
 log = logging.getLogger("learn_to_steer")
 STEP_CACHES = ("easycache",)
@@ -60,9 +62,10 @@ class PositiveOnly:
 class SteeringSession(Session):
     """Moves the sampler's latent before the first evaluation of each step in the window."""
 
-    def __init__(self, guider, sigmas: Tensor, steering: Steering):
+    def __init__(self, guider, sigmas: Tensor, steering: Steering, memory: MemoryPlan | None = None):
         super().__init__(guider, sigmas, steering.graph.phrases, object())
         self.steering = steering
+        self.memory = memory or MemoryPlan(steering.settings.recompute)
         self.classifier = steering.classifier.to(guider.model_patcher.load_device)
         self.window = self.schedule.window(steering.settings.start, steering.settings.end)
         self.records: list[UpdateRecord] = []
@@ -115,10 +118,12 @@ class SteeringSession(Session):
             active = {**active, "control": FrozenControl(active["control"], self.recorder)}
         alone = copy.copy(host_model)
         alone.inner_model = PositiveOnly(self.base_model, [active])
-        alone(x, sigma, **arguments)
-        maps = self.take(x.detach(), sigma)
+        with self.recording():
+            alone(x, sigma, **arguments)
+            maps = self.take(x.detach(), sigma)
         if not maps.layers:
             return None
+        self._refuse_a_cut(maps)
         seen = AttentionMaps(maps.phrases, tuple(dataclasses.replace(layer, maps=layer.maps.detach().requires_grad_())
                                                  for layer in maps.layers))
         judgement = judge(seen, self.steering.graph.relations, self.classifier, self.backbone.name,
@@ -131,6 +136,15 @@ class SteeringSession(Session):
 
         return Evaluation(judgement, gradient)
 
+    def _refuse_a_cut(self, maps: AttentionMaps) -> None:
+        """Raises SteeringError where maps do not depend on the latent for autograd."""
+        cut = [layer.name for layer in maps.layers if not layer.maps.requires_grad]
+        if cut:
+            first = ", ".join(cut[:3]) + (", ..." if len(cut) > 3 else "")
+            raise SteeringError("input 'model': steering follows the gradient of the cross-attention maps, and something cuts "
+                                f"it: {len(cut)} of {len(maps.layers)} blocks give maps without a gradient ({first}). "
+                                f"{what_to_do(self.model_options)}")
+
     def instrumented(self, arguments: dict) -> dict:
         """The sampler's arguments for the model, so that a pass is recorded and can be differentiated."""
         model_options = arguments["model_options"]
@@ -140,7 +154,8 @@ class SteeringSession(Session):
             kind: {key: wrappers for key, wrappers in by_key.items() if key not in STEP_CACHES}
             for kind, by_key in transformer_options.get("wrappers", {}).items()}
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
-            self.network, transformer_options, self.recorder, self.steering.settings.recompute)}
+            self.network, transformer_options, self.recorder, self.memory.recompute)}
+        model_options.pop("multigpu_clones", None)  # the host evaluates on several GPUs without a gradient
         return {"denoise_mask": None, **arguments, "model_options": model_options}
 
     def _on_record(self, record: UpdateRecord) -> None:
@@ -153,14 +168,14 @@ class SteeringSession(Session):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def report(self) -> SteeringReport:
-        notes = ()
+        notes = self.memory.notes
         if not self.window:
             settings, progress = self.steering.settings, self.schedule.progress
-            notes = (f"not steered: no step lies between start_percent {settings.start:g} and end_percent {settings.end:g}. The "
-                     f"{len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise "
-                     "schedule; image to image and second passes begin late.",)
+            notes = (*notes, f"not steered: no step lies between start_percent {settings.start:g} and end_percent "
+                     f"{settings.end:g}. The {len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} "
+                     "of the whole noise schedule; image to image and second passes begin late.")
         if any(record.outcome == "not recorded" for record in self.records):
-            notes = (*notes, "in some steps nothing was recorded: the conditioning is not active there, or another pack "
-                     "skipped the model's blocks",)
+            notes = (*notes, "in some steps nothing was recorded: " + (self.recorder.obstacle or (
+                "the conditioning is not active there, or another pack skipped the model's blocks")))
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
                               tuple(self.records), notes)
