@@ -76,7 +76,8 @@ class InPlaceWriteTracker(TorchDispatchMode):
         self._all: weakref.WeakSet[_Saved | Recomputation] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        # Detached: an operation that saves its own result (softmax, normalisation) would otherwise hold itself through it.
+        saved = _Saved(tensor.detach() if tensor.requires_grad else tensor)
         self._all.add(saved)
         self._originals[_storage(tensor)].append(weakref.ref(saved))
         return saved

@@ -12,8 +12,7 @@ from learn_to_steer.host.capturing import Capture
 from learn_to_steer.host.patching import apply_capture, apply_steering
 from test_mmdit_gradient import gradient_of, loaded
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watched import Watched
 
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = torch.OutOfMemoryError
@@ -30,11 +29,7 @@ def without_collector():
         gc.enable()
 
 
-def storages(value) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-class Stopped(TorchDispatchMode):
+class Stopped(Watched):
     """Stops a run at the n-th layer of its passes with a gradient, and watches all memory that these passes take.
 
     The host calls `throw_exception_if_processing_interrupted` before every layer, in forward and in a recomputed backward.
@@ -43,7 +38,6 @@ class Stopped(TorchDispatchMode):
     def __init__(self, monkeypatch, layer: int, kind: type[BaseException]):
         super().__init__()
         self.layer, self.kind, self.seen = layer, kind, 0
-        self.memory: list[StorageWeakRef] = []
         self._host = comfy.model_management.throw_exception_if_processing_interrupted
         monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", self._before_a_layer)
 
@@ -56,13 +50,6 @@ class Stopped(TorchDispatchMode):
                 raise self.kind("simulated")
         self._host()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if comfy.model_management.in_training:  # the host's flag while a gradient is taken
-            given = {storage._cdata for storage in storages(args)}
-            self.memory += [StorageWeakRef(storage) for storage in storages(result) if storage._cdata not in given]
-        return result
-
     def run(self, update) -> bool:
         """Whether the run was stopped."""
         try:
@@ -71,9 +58,6 @@ class Stopped(TorchDispatchMode):
         except self.kind:
             return True
         return False
-
-    def held(self) -> int:
-        return sum(not storage.expired() for storage in self.memory)
 
 
 def layers_of_an_update(monkeypatch, update) -> int:
@@ -97,7 +81,7 @@ def flux_update(scene: Scene, recompute: bool):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize(("kind", "stride"), [(Cancelled, 7), (OutOfMemory, 19)], ids=["cancel", "out of memory"])
+@pytest.mark.parametrize(("kind", "stride"), [(Cancelled, 13), (OutOfMemory, 29)], ids=["cancel", "out of memory"])
 @pytest.mark.parametrize("prepare", [unet_update, flux_update], ids=["unet", "flux"])
 def test_nothing_of_a_stopped_update_is_held(scene: Scene, monkeypatch, prepare, recompute: bool, kind, stride: int):
     update = prepare(scene, recompute)
