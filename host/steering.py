@@ -138,7 +138,7 @@ class SteeringSession(Session):
 
     def _refuse_a_cut(self, maps: AttentionMaps) -> None:
         """Raises SteeringError where maps do not depend on the latent for autograd."""
-        cut = [layer.name for layer in maps.layers if not layer.maps.requires_grad]
+        cut = [layer.name for layer in sorted(maps.layers, key=lambda layer: layer.order) if not layer.maps.requires_grad]
         if cut:
             first = ", ".join(cut[:3]) + (", ..." if len(cut) > 3 else "")
             raise SteeringError("input 'model': steering follows the gradient of the cross-attention maps, and something cuts "
@@ -174,8 +174,11 @@ class SteeringSession(Session):
             notes = (*notes, f"not steered: no step lies between start_percent {settings.start:g} and end_percent "
                      f"{settings.end:g}. The {len(progress)} steps of this run begin at {progress[0]:.2f} to {progress[-1]:.2f} "
                      "of the whole noise schedule; image to image and second passes begin late.")
+        obstacle = self.recorder.obstacle
         if any(record.outcome == "not recorded" for record in self.records):
-            notes = (*notes, "in some steps nothing was recorded: " + (self.recorder.obstacle or (
+            notes = (*notes, "in some steps nothing was recorded: " + (obstacle or (
                 "the conditioning is not active there, or another pack skipped the model's blocks")))
+        elif obstacle is not None:
+            notes = (*notes, f"the maps of some blocks are missing: {obstacle}")
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
                               tuple(self.records), notes)
