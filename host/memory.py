@@ -18,9 +18,10 @@ COPIES_TO_KEEP = 256 * 2**20
 
 @dataclass
 class MemoryPlan:
-    """Decided anew for each sampler run, while the host loads the model.
+    """Whether a steered MODEL computes its blocks again, decided while the host loads it for a sampler run.
 
-    asked: the user's save_memory; copies: bytes of weights that the host makes for each use and backward would keep.
+    asked: the user's save_memory; copies: bytes of weights that the host makes for each use and backward would keep, the most
+    that any run saw. A model that did not fit once is not tried again, since each try moves gigabytes.
     """
 
     asked: bool
@@ -51,12 +52,12 @@ class MemoryPlan:
                 rows += math.ceil(block / max(1.0, model.model.memory_required([1, *noise_shape[1:]])))
             return executor(model, [rows, *noise_shape[1:]], conds, *rest, **options)
 
-        self.copies = copies_for_each_use(model.model)
-        prepared = prepare(self.recompute)
-        if not self.recompute:
-            self.copies = copies_for_each_use(model.model)
-            if self.recompute:
-                prepared = prepare(True)
+        self.copies = max(self.copies, copies_for_each_use(model.model))
+        announced = self.recompute
+        prepared = prepare(announced)
+        self.copies = max(self.copies, copies_for_each_use(model.model))
+        if self.recompute and not announced:
+            prepared = prepare(True)
         for note in self.notes:
             log.info(note)
         return prepared
