@@ -8,6 +8,7 @@ import weakref
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import comfy_aimdo.host_buffer
 import pytest
@@ -91,6 +92,37 @@ def test_partly_loaded_weights(recompute: bool, with_lora: bool):
     assert any(getattr(part, "weight_function", []) for part in scene.model.model.modules()) == with_lora
 
 
+def quantised_patcher() -> comfy.model_patcher.ModelPatcher:
+    """The tiny UNet with linear weights as the host's fp8 checkpoints hold them: numbers, a scale, and the format's name."""
+    config = comfy.supported_models.SD20({**tiny.TINY_UNET, "dtype": torch.float32})
+    config.unet_config.update(tiny.TINY_UNET)
+    config.manual_cast_dtype, config.quant_config = torch.float32, {"mixed_ops": True}
+    base = comfy.model_base.BaseModel(config, model_type=config.model_type({}), device="cpu")
+    weights, source = {}, tiny.unet_patcher().model.diffusion_model.state_dict()
+    for name, value in source.items():
+        layer = name.removesuffix(".weight")
+        if value.ndim == 2 and name.endswith(".weight"):
+            scale = value.abs().max() / 448
+            weights[name], weights[f"{layer}.weight_scale"] = (value / scale).to(torch.float8_e4m3fn), scale
+            weights[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        else:
+            weights[name] = value
+    base.diffusion_model.load_state_dict(weights)
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_quantised_weights(recompute: bool):
+    scene = Scene()
+    with torch.inference_mode():
+        scene.model = quantised_patcher()
+    linear = scene.model.model.diffusion_model.time_embed[0]
+    assert isinstance(linear.weight, comfy.ops.QuantizedTensor) and linear.weight.is_inference()
+    assert_agree(check(scene, recompute)[0], 1e-3)
+    assert isinstance(linear.weight, comfy.ops.QuantizedTensor)
+    assert copies_for_each_use(scene.model.model) >= 4 * linear.weight.numel()
+
+
 # --- streams -------------------------------------------------------------------------------------------------------
 
 
@@ -167,17 +199,18 @@ class Loader:
         return model, conds, []
 
 
-@pytest.mark.parametrize(("fits", "asked", "recompute"), [(100, [6], False), (2, [6, 2], True), (0, [6, 2], True)],
+@pytest.mark.parametrize(("fits", "asked", "again", "recompute"), [
+    (100, [6], 6, False), (4, [6, 3], 2, True), (0, [6, 3], 3, True)],
                          ids=["all fits", "fits beside a block's gradient", "never fits"])
-def test_the_host_is_asked_for_less_before_weights_are_offloaded_for_good(keep_nothing, fits, asked, recompute):
-    """And once it was asked for less, blocks are computed again, even though nothing is offloaded any more."""
+def test_the_host_is_asked_for_less_before_weights_are_offloaded_for_good(keep_nothing, fits, asked, again, recompute):
+    """And once it was asked for less, blocks are computed again, even though nothing is offloaded any more. The third picture's
+    memory is for the copies of one block, as long as there are any."""
     model = tiny.unet_patcher()
-    loader, plan = Loader(model, fits), MemoryPlan(False)
-    plan.prepare_sampling(loader, model, [1, 4, 16, 16], {})
-    assert [min(rows, 6) if rows == 6 else 2 for rows in loader.asked] == asked and min(loader.asked) >= 2
-    assert plan.recompute is recompute
-    plan.prepare_sampling(loader, model, [1, 4, 16, 16], {})
-    assert len(loader.asked) == len(asked) + 1 and plan.recompute is recompute  # the next run knows
+    loader, plan, shape = Loader(model, fits), MemoryPlan(False), [1, 4, 256, 256]  # one block is far below one picture
+    plan.prepare_sampling(loader, model, shape, {})
+    assert loader.asked == asked and plan.recompute is recompute
+    plan.prepare_sampling(loader, model, shape, {})
+    assert loader.asked == [*asked, again] and plan.recompute is recompute  # the next run knows
 
 
 def test_a_block_of_copies_is_announced_beside_the_gradient(keep_nothing):
