@@ -46,9 +46,10 @@ class CaptureSession(Session):
         def around(model, x, sigma, arguments):
             self.recorder.active = step in window and self.choose(x, sigma) is not None
             try:
-                denoised = model(x, sigma, **arguments)
-                if self.recorder.active:
-                    self.seen = self.take(x, sigma)  # a step's maps are those of the last evaluation before its callback
+                with self.recording():
+                    denoised = model(x, sigma, **arguments)
+                    if self.recorder.active:  # a step's maps are those of the last evaluation before its callback
+                        self.seen = self.take(x, sigma)
                 return denoised
             finally:
                 self.recorder.active = False

@@ -13,6 +13,7 @@ from ..classifiers.base import relation_indices
 from ..steering.report import SteeringReport
 from .backbones import find_backbone
 from .capturing import Capture, CaptureSession
+from .memory import MemoryPlan
 from .records import AttentionRecord, Run, RunLog
 from .session import Session
 from .steering import Steering, SteeringSession
@@ -20,8 +21,7 @@ from .stepping import RehearsedModel, SteeringError
 
 log = logging.getLogger("learn_to_steer")
 STEERING_KEY = "learn_to_steer"  # of the wrappers that steer
-ROOM = {False: 6, True: 2}
-"""By `recompute`: memory of a gradient evaluation, as a multiple of what the host reserves for a pass."""
+WHOLE_KEY = "learn_to_steer_whole_weights"  # attachment of the root patcher: the same model without dynamic VRAM
 
 
 def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, key: str):
@@ -96,18 +96,19 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
                             "and one run is steered once. Take one of the two nodes out, or bypass it. Several relations go into "
                             "one \"Multi-Relation Graph\".")
     runs = RunLog(request, blank)
-    model = _with_weights_that_stay(model)
-    patched = _patched(model, lambda *run: SteeringSession(*run, steering), runs, STEERING_KEY)
-    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, STEERING_KEY,
-                                 functools.partial(_reserve_memory, ROOM[steering.settings.recompute]))
+    model, memory = _with_weights_that_stay(model), MemoryPlan(steering.settings.recompute)
+    patched = _patched(model, lambda *run: SteeringSession(*run, steering, memory), runs, STEERING_KEY)
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, STEERING_KEY, memory.prepare_sampling)
     return patched, runs
 
 
 def _with_weights_that_stay(model):
-    """The MODEL, or where the host's dynamic VRAM manages it, the same model loaded the classic way.
+    """The MODEL, or where the host's dynamic VRAM manages it, a clone over the same model loaded the classic way.
 
-    Dynamic VRAM gives a layer's weights away once the layer ran, and a gradient needs them until backward. The host makes
-    such a delegate itself, for conditionings with hooks. It is loaded from the file once per MODEL.
+    Dynamic VRAM gives a layer's weights away once the layer ran, and a gradient needs them until backward. The host can load
+    a model again without it, for conditionings with hooks, but remembers that for one patcher alone, so that each change of a
+    LoRA would read the file once more. So the second load stays with the root patcher, which the loader node made and all
+    clones share, and dies with it. The clone brings its own patches.
     """
     if not model.is_dynamic():
         return model
@@ -115,14 +116,25 @@ def _with_weights_that_stay(model):
         raise SteeringError("input 'model': ComfyUI's dynamic VRAM gives its weights away while steering still needs them, and "
                             "its loader does not say how to load it otherwise. Load it with \"Load Checkpoint\" or \"Load "
                             "Diffusion Model\", or start ComfyUI with --disable-dynamic-vram.")
-    log.info("loading the model a second time, without dynamic VRAM, which takes weights away that a gradient needs; start "
-             "ComfyUI with --disable-dynamic-vram to have it in memory once")
-    return model.get_non_dynamic_delegate()
+    root = _root(model)
+    whole = root.get_attachment(WHOLE_KEY)
+    if whole is None:
+        log.info("loading the model a second time, without dynamic VRAM, which takes weights away that a gradient needs; start "
+                 "ComfyUI with --disable-dynamic-vram to have it in memory once")
+        whole = root.get_non_dynamic_delegate()
+        whole.parent = None
+        root.set_attachments(WHOLE_KEY, whole)
+    own = model.clone(disable_dynamic=True, model_override=whole.get_clone_model_override())
+    # When a loaded patcher dies, the host goes on managing its weights through the parent, which must be one over these weights.
+    own.parent = whole
+    return own
 
 
-def _reserve_memory(room: int, executor, model, noise_shape, conds, *rest, **options):
-    """Has the host keep the memory of a gradient free beside the model, as that of a batch `room` times as large."""
-    return executor(model, [noise_shape[0] * room, *noise_shape[1:]], conds, *rest, **options)
+def _root(model):
+    """The patcher from which all dynamic clones over this model's weights descend; a clone keeps its parent alive."""
+    while model.parent is not None and model.parent.model is model.model:
+        model = model.parent
+    return model
 
 
 def not_steered(steering: Steering, reason: str) -> Run:

@@ -10,7 +10,8 @@ import contextlib
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class _Saved:
     """One tensor kept for backward; `value` is the original until somebody is about to change it, then a copy.
 
-    None after the scope: a graph that is part of a reference cycle would hold all its tensors until Python looks for cycles.
+    None after the scope. A graph in a reference cycle through C++ is never freed, so it must not own any memory by then.
     """
 
     __slots__ = ("__weakref__", "value", "version")
@@ -42,6 +43,24 @@ class _Saved:
             self.version = self.value._version
 
 
+class Recomputation:
+    """The function that a graph node runs again in backward.
+
+    None after the scope. The function closes over the host's options and whatever other packs store in them, so it may well
+    reach the node's own outputs; Python's collector cannot see such a cycle, because it passes through C++.
+    """
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, run: Callable) -> None:
+        self.value: Callable | None = run
+
+    def run(self, *args):
+        if self.value is None:
+            raise RuntimeError("backward outside of the mutation_of_saved_tensors scope in which the graph was made")
+        return self.value(*args)
+
+
 def _storage(tensor: Tensor) -> int:
     """Identity of the memory behind a tensor and its views; unique for as long as it is held."""
     return tensor.untyped_storage()._cdata
@@ -54,13 +73,20 @@ class InPlaceWriteTracker(TorchDispatchMode):
         super().__init__()
         # Only originals stand here. They hold their memory, so a storage's identity cannot pass to another.
         self._originals: dict[int, list[weakref.ref[_Saved]]] = defaultdict(list)
-        self._all: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        self._all: weakref.WeakSet[_Saved | Recomputation] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        # Detached: an operation that saves its own result (softmax, normalisation) would otherwise hold itself through it.
+        saved = _Saved(tensor.detach() if tensor.requires_grad else tensor)
         self._all.add(saved)
         self._originals[_storage(tensor)].append(weakref.ref(saved))
         return saved
+
+    def keep_function(self, run: Callable) -> Recomputation:
+        """For a graph node that must call `run` in backward, and must not hold it any longer than this scope."""
+        kept = Recomputation(run)
+        self._all.add(kept)
+        return kept
 
     def release(self) -> None:
         self._originals.clear()
@@ -102,6 +128,9 @@ def _written_arguments(func) -> tuple[tuple[int, str], ...]:
                  if argument.alias_info is not None and argument.alias_info.is_write)
 
 
+_OPEN: ContextVar[InPlaceWriteTracker] = ContextVar("learn_to_steer_saved_tensors")
+
+
 @contextlib.contextmanager
 def mutation_of_saved_tensors() -> Iterator[InPlaceWriteTracker]:
     """In this scope in-place operations cannot spoil a backward pass; forward and backward both belong inside.
@@ -110,8 +139,15 @@ def mutation_of_saved_tensors() -> Iterator[InPlaceWriteTracker]:
     to be differentiated there.
     """
     writes = InPlaceWriteTracker()
-    with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, _Saved.unpack):
-        try:
+    outer = _OPEN.set(writes)
+    try:
+        with writes, torch.autograd.graph.saved_tensors_hooks(writes.keep, _Saved.unpack):
             yield writes
-        finally:
-            writes.release()
+    finally:
+        _OPEN.reset(outer)
+        writes.release()
+
+
+def open_scope() -> InPlaceWriteTracker:
+    """The innermost `mutation_of_saved_tensors` of this thread. Raises LookupError outside of any."""
+    return _OPEN.get()

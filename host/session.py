@@ -5,14 +5,16 @@ model that looks at the sampler's latent before a step's first evaluation; the s
 """
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import comfy.samplers
 from torch import Tensor
 
-from ..steering.attention import AttentionMaps, MapRecorder
+from ..steering.attention import AttentionMaps, MapRecorder, UnreadableAttention
 from .backbones import find_backbone
+from .other_packs import what_to_do
 from .records import AttentionRecord, Run, StepMaps
 from .stepping import Schedule, SteeringError
 from .tokens import find_columns
@@ -30,6 +32,7 @@ class Session:
 
     def __init__(self, guider, sigmas: Tensor, phrases: Sequence[str], forward: object):
         self.base_model = guider.inner_model
+        self.model_options = guider.model_options
         self.network = self.base_model.diffusion_model
         self.backbone = find_backbone(self.network)
         self.positive = self._positive(guider)
@@ -67,11 +70,30 @@ class Session:
             self.most_active = max(self.most_active, len(active))
             self.recorder.conditioning = self.chosen["uuid"]
         return self.chosen
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """One evaluation of the model and `take` belong inside. However it ends, the recorder holds nothing of it afterwards.
+
+        Raises SteeringError where other packs make the maps unreadable.
+        """
+        try:
+            yield
+        except UnreadableAttention as error:
+            raise SteeringError(f"input 'model': {error}. {what_to_do(self.model_options)}") from error
+        finally:
+            self.recorder.clear()
 
     def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
         """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
         maps = self.recorder.take()
+        if not maps.layers:
+            return maps
         area = None if self.chosen is None else comfy.samplers.get_area_and_mult(self.chosen, x, sigma).area
+        expected = (x.shape[0], *(x.shape[-2:] if area is None else area[:2]))
+        if self.recorder.evaluated != expected:
+            shown, wanted = ("{} x {} x {}".format(*shape) for shape in (self.recorder.evaluated, expected))
+            raise UnreadableAttention(f"the model was evaluated on {shown} (pictures x height x width in latent cells) instead "
+                                      f"of {wanted}, in tiles perhaps, so the maps are not those of the picture")
         return maps if area is None else maps.placed(area, x.shape[-2:])
 
     def notes(self) -> tuple[str, ...]:

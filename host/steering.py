@@ -18,14 +18,16 @@ from ..prompts.relations import RelationGraph
 from ..steering.attention import FORWARD_KEY, AttentionMaps
 from ..steering.objective import judge
 from ..steering.optimizer import Evaluation, displacement, steer_step
-from ..steering.report import NON_FINITE, SteeringReport, UpdateRecord
+from ..steering.report import NON_FINITE, NOT_RECORDED, SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
+from .memory import MemoryPlan
+from .other_packs import what_to_do
 from .records import Run
 from .rehearsal import MovedLatent, rehearse
 from .saved_tensors import InPlaceWriteTracker
 from .session import NOTHING_SEEN, Session, map_grid
-from .stepping import SampledModel, unwrapped
+from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
 STEP_CACHES = ("easycache",)
@@ -62,9 +64,10 @@ class PositiveOnly:
 class SteeringSession(Session):
     """Moves the sampler's latent before the first evaluation of each step in the window."""
 
-    def __init__(self, guider, sigmas: Tensor, steering: Steering):
+    def __init__(self, guider, sigmas: Tensor, steering: Steering, memory: MemoryPlan | None = None):
         super().__init__(guider, sigmas, steering.graph.phrases, object())
         self.steering = steering
+        self.memory = memory or MemoryPlan(steering.settings.recompute)
         self.classifier = steering.classifier.to(guider.model_patcher.load_device)
         self.window = self.schedule.window(steering.settings.start, steering.settings.end)
         self.records: list[UpdateRecord] = []
@@ -117,10 +120,12 @@ class SteeringSession(Session):
             active = {**active, "control": FrozenControl(active["control"], self.recorder)}
         alone = copy.copy(host_model)
         alone.inner_model = PositiveOnly(self.base_model, [active])
-        alone(x, sigma, **arguments)
-        maps = self.take(x.detach(), sigma)
+        with self.recording():
+            alone(x, sigma, **arguments)
+            maps = self.take(x.detach(), sigma)
         if not maps.layers:
             return None
+        self._refuse_a_cut(maps)
         seen = AttentionMaps(maps.phrases, tuple(dataclasses.replace(layer, maps=layer.maps.detach().requires_grad_())
                                                  for layer in maps.layers))
         judgement = judge(seen, self.steering.graph.relations, self.classifier, self.backbone.name,
@@ -133,6 +138,15 @@ class SteeringSession(Session):
 
         return Evaluation(judgement, gradient)
 
+    def _refuse_a_cut(self, maps: AttentionMaps) -> None:
+        """Raises SteeringError where maps do not depend on the latent for autograd."""
+        cut = [layer.name for layer in sorted(maps.layers, key=lambda layer: layer.order) if not layer.maps.requires_grad]
+        if cut:
+            first = ", ".join(cut[:3]) + (", ..." if len(cut) > 3 else "")
+            raise SteeringError("input 'model': steering follows the gradient of the cross-attention maps, and something cuts "
+                                f"it: {len(cut)} of {len(maps.layers)} blocks give maps without a gradient ({first}). "
+                                f"{what_to_do(self.model_options)}")
+
     def instrumented(self, arguments: dict) -> dict:
         """The sampler's arguments for the model, so that a pass is recorded and can be differentiated."""
         model_options = arguments["model_options"]
@@ -142,7 +156,8 @@ class SteeringSession(Session):
             kind: {key: wrappers for key, wrappers in by_key.items() if key not in STEP_CACHES}
             for kind, by_key in transformer_options.get("wrappers", {}).items()}
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
-            self.network, transformer_options, self.recorder, self.steering.settings.recompute)}
+            self.network, transformer_options, self.recorder, self.memory.recompute)}
+        model_options.pop("multigpu_clones", None)  # the host evaluates on several GPUs without a gradient
         return {"denoise_mask": None, **arguments, "model_options": model_options}
 
     def _on_record(self, record: UpdateRecord) -> None:
@@ -155,10 +170,13 @@ class SteeringSession(Session):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def report(self) -> SteeringReport:
-        settings = self.steering.settings
+        settings, obstacle = self.steering.settings, self.recorder.obstacle
         reasons = () if self.window else (f"not steered: {self.outside_the_window(settings.start, settings.end)}",)
+        notes = (*self.memory.notes, *self.notes())
+        if obstacle is not None and not any(record.outcome == NOT_RECORDED for record in self.records):
+            notes = (*notes, f"the maps of some blocks are missing: {obstacle}")
         return SteeringReport(tuple(map(str, self.steering.graph.relations)), self.classifier.name, self.schedule.steps,
-                              tuple(self.records), self.notes(), reasons, tuple(sorted(self.inactive)), NOTHING_SEEN)
+                              tuple(self.records), notes, reasons, tuple(sorted(self.inactive)), obstacle or NOTHING_SEEN)
 
     def result(self) -> Run:
         report, maps = self.report(), self.record()

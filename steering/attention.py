@@ -1,10 +1,11 @@
 """Recording cross-attention: from q and k to the maps of the words asked for.
 
-Nothing here knows a host or an architecture; `backbones/` brings q, k and the grid.
+Nothing here knows a host or an architecture; `backbones/` brings q, k, the grid and the shape of the call.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +17,10 @@ ROWS_TIMES_TOKENS = 2**24  # logits held at once, in elements over batch and hea
 
 
 class WordMaps(torch.autograd.Function):
-    """softmax(scale · q kᵀ) over the tokens, averaged over each word's tokens.
+    """softmax(scale * q k^T) over the tokens, averaged over each word's tokens.
 
-    Only the words' columns leave this function and only q and k are kept for backward, which computes the
-    logits again, some image rows at a time: the full image × text map of a layer never exists at once.
+    Only the words' columns leave this function, and only q and k are saved for backward, which computes the logits again,
+    some image rows at a time. The full image x text map of a layer never exists at once.
     """
 
     @staticmethod
@@ -57,7 +58,7 @@ def word_maps(q: Tensor, k: Tensor, weights: Tensor, scale: float | None = None)
     """Attention of every image row to each word.
 
     q: [B, heads, rows, d]; k: [B, heads, tokens, d]; weights: [words, tokens], a word's row sums to 1 over its
-    tokens; scale: 1/√d unless given. Returns [B, heads, words, rows] in at least fp32: probabilities.
+    tokens; scale: 1/sqrt(d) unless given. Returns [B, heads, words, rows] in at least fp32: probabilities.
     """
     weights = weights.to(device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     return WordMaps.apply(q, k, weights, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -106,7 +107,7 @@ class AttentionMaps:
 
     @property
     def channels(self) -> int:
-        """Layers × heads: the number of maps per word."""
+        """Layers x heads: the number of maps per word."""
         return sum(layer.maps.shape[1] for layer in self.layers)
 
     def stack(self, size: int | tuple[int, int], normalise: str = "resized") -> Tensor:
@@ -160,6 +161,10 @@ class WordColumns:
         return self.weights.repeat(1, tokens // own)
 
 
+class UnreadableAttention(ValueError):
+    """A pass whose maps cannot be told apart; the message says why."""
+
+
 @dataclass
 class MapRecorder:
     """Collects maps during one forward pass, for the conditionings that it knows.
@@ -168,6 +173,11 @@ class MapRecorder:
     Of several of them that the model evaluates, only the first is recorded until `take`, and of it the first pass.
     forward: only passes whose transformer_options carry this under FORWARD_KEY are recorded, so that a capture does
     not record the extra passes of steering, nor the other way round.
+    evaluated: pictures, height and width, in latent cells, of what the network was given for the recorded conditioning.
+    obstacle: in words, why a block that ran could not be recorded; None where nothing was in the way.
+
+    Maps of a steering pass hold that pass's graph, and through it its activations. So whoever starts a pass calls `take` or
+    `clear` when it ends, however it ends.
     """
 
     columns: Mapping[object, WordColumns]
@@ -175,9 +185,16 @@ class MapRecorder:
     layers: list[LayerMaps] = field(default_factory=list)
     active: bool = True
     conditioning: object = None
+    evaluated: tuple[int, int, int] | None = None
+    obstacle: str | None = None
 
-    def record(self, name: str, order: int, q: Tensor, k: Tensor, grid: tuple[int, int], options: dict) -> None:
-        """q: [N, heads, h·w, d], k: [N, heads, tokens, d] of the host's whole batch; options: transformer_options."""
+    def record(self, name: str, order: int, q: Tensor, k: Tensor, grid: tuple[int, int], shape: Sequence[int],
+               options: Mapping) -> None:
+        """q: [N, heads, h*w, d], k: [N, heads, tokens, d] of the host's whole batch; shape: [N, C, H, W] of the latents that
+        the network was called with; options: transformer_options.
+
+        Raises UnreadableAttention where q has other rows than the call.
+        """
         if not self.active or options.get(FORWARD_KEY) is not self.forward:
             return
         uuids = list(options.get("uuids", ()))
@@ -185,19 +202,42 @@ class MapRecorder:
             self.conditioning = next((uuid for uuid in self.columns if uuid in uuids), None)
         if self.conditioning not in uuids or any(layer.name == name for layer in self.layers):
             return  # another conditioning, or another pass at the same point (perturbed-attention guidance)
-        batch, first = q.shape[0] // len(uuids), uuids.index(self.conditioning)
+        if not q.shape[0] == k.shape[0] == shape[0] or shape[0] % len(uuids):
+            raise UnreadableAttention(f"the cross-attention in block {name} works on {q.shape[0]} rows (keys: {k.shape[0]}), the "
+                                      f"model was called with {shape[0]} for {len(uuids)} conditionings, so nobody can say "
+                                      "which rows belong to which conditioning")
+        batch, first = shape[0] // len(uuids), uuids.index(self.conditioning)
         chunk = slice(first * batch, (first + 1) * batch)
         maps = word_maps(q[chunk], k[chunk], self.columns[self.conditioning].tiled(k.shape[2]))
         self.layers.append(LayerMaps(name, order, maps.reshape(*maps.shape[:3], *grid)))
+        self.evaluated = (batch, *shape[-2:])
+
+    def miss(self, obstacle: str, options: Mapping) -> None:
+        """A block ran in a way in which it cannot be recorded."""
+        if self.active and options.get(FORWARD_KEY, self.forward) is self.forward:
+            self.obstacle = obstacle
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[list[LayerMaps]]:
+        """Inside, maps go into the list that this gives instead of into `layers`."""
+        before, self.layers = self.layers, []
+        try:
+            yield self.layers
+        finally:
+            self.layers = before
 
     def take(self) -> AttentionMaps:
         """What was recorded since the last call."""
         phrases = next(iter(self.columns.values())).phrases if self.columns else ()
-        layers, self.layers = self.layers, []
-        conditioning, self.conditioning = self.conditioning, None
+        layers, conditioning = self.layers, self.conditioning
+        self.clear()
         return AttentionMaps.collect(phrases, layers, conditioning)
+
+    def clear(self) -> None:
+        """Forgets what was recorded since the last `take`. `evaluated` and `obstacle` stay, for whoever reports them."""
+        self.layers, self.conditioning = [], None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, rows, heads·d] → [B, heads, rows, d]."""
+    """[B, rows, heads*d] -> [B, heads, rows, d]."""
     return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)

@@ -1,14 +1,14 @@
 """Joint-attention transformers of the FLUX.1 family (dev, schnell, Kontext).
 
-Text and image tokens attend to each other in one attention; its image-query × text-key part is the cross-attention of
+Text and image tokens attend to each other in one attention; its image-query x text-key part is the cross-attention of
 the paper. Each block runs through the host's `patches_replace["dit"]`, which knows the text's length; q and k (after
-rotary embedding) are seen in an `optimized_attention_override` that only this block gets. The picture's grid comes
-from a wrapper around the network (`WrappersMP.DIFFUSION_MODEL`), the one place where the latent's own size is known:
-tokens of reference latents follow the picture's.
+rotary embedding) are seen in an `optimized_attention_override` that only this block gets. The latent's own shape comes
+from a wrapper around the network (`WrappersMP.DIFFUSION_MODEL`), the one place where it is known: tokens of reference
+latents follow the picture's.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 
 from comfy.ldm.flux.model import Flux
@@ -18,8 +18,9 @@ from torch.nn import Module
 
 from ...steering.attention import MapRecorder
 from ..gradient import recompute
+from ..other_packs import name_of
 
-GRID_KEY = "learn_to_steer_grid"  # in transformer_options: (h, w) of the picture in image tokens
+SHAPE_KEY = "learn_to_steer_shape"  # in transformer_options: [N, C, H, W] of the latents that the network was called with
 OVERRIDE_KEY = "optimized_attention_override"  # the host's single slot, see comfy.ldm.modules.attention.wrap_attn
 
 
@@ -44,26 +45,22 @@ class MMDiTBackbone:
         blocks = {("double_block", index): block for index, block in enumerate(diffusion_model.double_blocks)}
         blocks.update({("single_block", index): block for index, block in enumerate(diffusion_model.single_blocks)})
         for order, (key, block) in enumerate(blocks.items()):
-            dit[key] = _replacement(key, order, block, dit.get(key), recorder, recompute_blocks)
+            dit[key] = _replacement(diffusion_model, key, order, block, dit.get(key), recorder, recompute_blocks)
         options["patches_replace"] = {**replace, "dit": dit}
 
         wrappers = dict(options.get("wrappers", {}))
         around_network = dict(wrappers.get(WrappersMP.DIFFUSION_MODEL, {}))
-        around_network[GRID_KEY] = [_grid_wrapper(diffusion_model.patch_size)]
+        around_network[SHAPE_KEY] = [_note_shape]
         options["wrappers"] = {**wrappers, WrappersMP.DIFFUSION_MODEL: around_network}
         return options
 
 
-def _grid_wrapper(patch_size: int) -> Callable:
-    def note_grid(executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
-        grid = tuple(-(-side // patch_size) for side in x.shape[-2:])  # the host pads up to whole patches
-        return executor(x, timestep, context, y, guidance, ref_latents, control,
-                        {**transformer_options, GRID_KEY: grid}, **kwargs)
-
-    return note_grid
+def _note_shape(executor, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
+    options = {**transformer_options, SHAPE_KEY: tuple(x.shape)}
+    return executor(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
 
 
-def _replacement(key: tuple[str, int], order: int, block: Module, theirs: Callable | None, recorder: MapRecorder,
+def _replacement(network: Flux, key: tuple[str, int], order: int, block: Module, theirs: Callable | None, recorder: MapRecorder,
                  recompute_blocks: bool) -> Callable:
     """Stands where the host calls a block; another pack's replacement still runs it.
 
@@ -74,14 +71,18 @@ def _replacement(key: tuple[str, int], order: int, block: Module, theirs: Callab
     name = ".".join(map(str, key))
 
     def replacement(args: dict, extra: dict) -> dict:
+        options = args.get("transformer_options") or {}
+        if SHAPE_KEY not in options or not double and "img_slice" not in options:
+            recorder.miss(f"{_foreign_forward(network)} runs the model's blocks without ComfyUI's options", options)
+            return extra["original_block"](args) if theirs is None else theirs(args, extra)
         original = _bound_to(block, extra["original_block"]) if recompute_blocks else extra["original_block"]
-        options = args["transformer_options"]
         text = args["txt"].shape[1] if double else options["img_slice"][0]
-        override = _recording(name, order, text, options.get(OVERRIDE_KEY), recorder)
+        override = _recording(name, order, text, network.patch_size, options.get(OVERRIDE_KEY), recorder)
         options = {**options, OVERRIDE_KEY: override}
+        others = {name: value for name, value in args.items() if name not in streams}  # backward would keep these two alive
 
         def run(*hidden: Tensor) -> tuple[Tensor, ...]:
-            given = {**args, **dict(zip(streams, hidden, strict=True)), "transformer_options": dict(options)}
+            given = {**others, **dict(zip(streams, hidden, strict=True)), "transformer_options": dict(options)}
             out = original(given) if theirs is None else theirs(given, {"original_block": original})
             if any(value.requires_grad for value in hidden) and not out["img"].requires_grad:
                 raise RuntimeError(f"The replacement of {name} cuts the gradient: it comes from another pack on this "
@@ -93,6 +94,15 @@ def _replacement(key: tuple[str, int], order: int, block: Module, theirs: Callab
         return dict(zip(streams, results, strict=True))
 
     return replacement
+
+
+def _foreign_forward(network: Flux) -> str:
+    """Name of what runs the blocks in the place of the host's own forward."""
+    for method in ("forward_orig", "_forward", "forward"):
+        found = getattr(network, method)
+        if getattr(found, "__func__", found) is not getattr(Flux, method):
+            return name_of(found)
+    return "another pack"
 
 
 def _bound_to(block: Module, block_wrap: Callable) -> Callable:
@@ -109,12 +119,14 @@ def _bound_to(block: Module, block_wrap: Callable) -> Callable:
                         tuple(map(CellType, held)))
 
 
-def _recording(name: str, order: int, text: int, theirs: Callable | None, recorder: MapRecorder) -> Callable:
+def _recording(name: str, order: int, text: int, patch_size: int, theirs: Callable | None, recorder: MapRecorder) -> Callable:
     def override(func, q, k, v, heads, *args, **kwargs):
-        options = kwargs["transformer_options"]
-        grid = options[GRID_KEY]
-        picture = slice(text, text + grid[0] * grid[1])
-        recorder.record(name, order, q[:, :, picture], k[:, :, :text], grid, options)
+        options: Mapping = kwargs.get("transformer_options") or {}
+        if SHAPE_KEY in options:
+            shape = options[SHAPE_KEY]
+            grid = tuple(-(-side // patch_size) for side in shape[-2:])  # the host pads up to whole patches
+            picture = slice(text, text + grid[0] * grid[1])
+            recorder.record(name, order, q[:, :, picture], k[:, :, :text], grid, shape, options)
         if theirs is not None:
             return theirs(func, q, k, v, heads, *args, **kwargs)
         return func(q, k, v, heads, *args, **kwargs)

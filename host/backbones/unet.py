@@ -63,15 +63,18 @@ def _recording(order: int, key: BlockKey, theirs: Callable | None, recorder: Map
 
     def attend(q, k, v, extra_options):
         heads = extra_options["n_heads"]
-        grid = tuple(extra_options["activations_shape"][-2:])
-        recorder.record(name, order, split_heads(q, heads), split_heads(k, heads), grid, extra_options)
+        if missing := [key for key in ("activations_shape", "original_shape") if key not in extra_options]:
+            recorder.miss(f"another pack runs block {name} without ComfyUI's options ({', '.join(missing)})", extra_options)
+        else:
+            grid, shape = tuple(extra_options["activations_shape"][-2:]), extra_options["original_shape"]
+            recorder.record(name, order, split_heads(q, heads), split_heads(k, heads), grid, shape, extra_options)
         if theirs is not None:
             out = theirs(q, k, v, extra_options)
             if q.requires_grad and not out.requires_grad:
                 raise RuntimeError(f"The cross-attention replacement in block {name} cuts the gradient: it comes from "
                                    "another pack on this model's line. Take that pack out while steering.")
             return out
-        return host_attention.optimized_attention(q, k, v, heads, attn_precision=extra_options["attn_precision"],
+        return host_attention.optimized_attention(q, k, v, heads, attn_precision=extra_options.get("attn_precision"),
                                                   transformer_options=extra_options)
 
     return attend

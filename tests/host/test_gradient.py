@@ -38,7 +38,7 @@ class Checked(SteeringSession):
         with differentiable(self.base_model) as self.writes:
             sigma = sigma.clone()
             scale = self.base_model.model_sampling.calculate_input(sigma, torch.ones_like(x)).clone()
-            latent = (x.clone() * scale).to(self.base_model.get_dtype())
+            latent = (x.clone() * scale).to(self.base_model.manual_cast_dtype or self.base_model.get_dtype())
             evaluate = functools.partial(self._evaluate, host_model, sigma, scale, arguments, step)
 
             def loss(at):

@@ -1,6 +1,7 @@
 """FLUX: the gradient of a loss on the maps against finite differences, with and without recomputation."""
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -122,6 +123,57 @@ def test_a_replacement_that_cuts_the_gradient_is_named(recompute_blocks):
     with pytest.raises(RuntimeError, match=r"double_block\.1 cuts the gradient"):
         gradient_of(base, inputs, recompute_blocks, options)
     assert comfy.model_management.in_training is False
+
+
+def late_bound(block_wrap):
+    """As a host would call its blocks by their place in a list: a closure that does not hold the block."""
+    held = [block_wrap]
+    return lambda args: held[0](args)
+
+
+def other_block(base):
+    """As a host would call another block than the one whose replacement is asked."""
+    block = base.diffusion_model.double_blocks[0]
+
+    def block_wrap(args):
+        img, txt = block(img=args["img"], txt=args["txt"], vec=args["vec"], pe=args["pe"], attn_mask=args.get("attn_mask"),
+                         transformer_options=args.get("transformer_options"))
+        return {"img": img, "txt": txt}
+
+    return block_wrap
+
+
+class Wrapped:
+    """As a host would hand over an object in the place of a function."""
+
+    def __init__(self, block_wrap):
+        self.block_wrap = block_wrap
+
+    def __call__(self, args):
+        return self.block_wrap(args)
+
+
+@pytest.mark.parametrize("stand_in", ["late bound", "other block", "object", "partial"])
+def test_a_block_that_cannot_be_bound_is_refused(monkeypatch, stand_in):
+    """Computed again in backward, it would be the network's last block, silently. Without recomputation nothing is bound."""
+    base, inputs = loaded()
+    make = {"late bound": late_bound, "other block": lambda wrap: other_block(base), "object": Wrapped,
+            "partial": functools.partial}[stand_in]
+    instrument, key = MMDiTBackbone.instrument, ("double_block", 1)
+
+    def with_a_stand_in(self, network, options, recorder, recompute_blocks):
+        options = instrument(self, network, options, recorder, recompute_blocks)
+        replacement = options["patches_replace"]["dit"][key]
+        options["patches_replace"]["dit"][key] = lambda args, extra: replacement(
+            args, {"original_block": make(extra["original_block"])})
+        return options
+
+    monkeypatch.setattr(MMDiTBackbone, "instrument", with_a_stand_in)
+    with pytest.raises(RuntimeError, match="This ComfyUI calls the blocks of FLUX in a way .*Switch save_memory off"):
+        gradient_of(base, inputs, True)
+    assert comfy.model_management.in_training is False
+    if stand_in != "other block":  # that one is another network
+        assert worst_error(base, inputs, gradient_of(base, inputs, False), step=2e-2, directions=1) < 1e-3
 
 
 @pytest.mark.parametrize("recompute_blocks", [False, True], ids=["kept", "recomputed"])

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
-from learn_to_steer.host.saved_tensors import mutation_of_saved_tensors
+from learn_to_steer.host.saved_tensors import mutation_of_saved_tensors, open_scope
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -88,3 +89,40 @@ def test_a_backward_pass_outside_says_so() -> None:
         out = leaf.square()
     with pytest.raises(RuntimeError, match="outside of the mutation_of_saved_tensors scope"):
         out.sum().backward()
+
+
+def test_a_graph_that_saves_its_own_results_goes_when_nobody_holds_it() -> None:
+    """Still in the scope, and without a collector: softmax and normalisation keep what they gave for their backward."""
+    leaf = torch.ones(3, requires_grad=True)
+    gc.disable()
+    try:
+        with mutation_of_saved_tensors():
+            watched = []
+            for _ in range(3):
+                out = torch.softmax((leaf * 2).exp(), dim=0)
+                watched.append(StorageWeakRef(out.untyped_storage()))
+                del out
+            assert all(storage.expired() for storage in watched)
+            (gradient,) = torch.autograd.grad((leaf * 2).exp().sum(), leaf)
+        assert torch.allclose(gradient, 2 * (2 * leaf.detach()).exp())
+    finally:
+        gc.enable()
+
+
+def test_a_function_for_backward_is_held_no_longer_than_the_scope() -> None:
+    class Big:
+        pass
+
+    big = Big()
+    gone = weakref.ref(big)
+    gc.disable()
+    try:
+        with mutation_of_saved_tensors():
+            kept = open_scope().keep_function(lambda big=big: type(big))
+            assert kept.run() is Big
+        del big
+        assert gone() is None
+        with pytest.raises(RuntimeError, match="outside of the mutation_of_saved_tensors scope"):
+            kept.run()
+    finally:
+        gc.enable()
