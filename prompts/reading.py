@@ -93,7 +93,8 @@ class _Reader:
         elif opening or clause.joint and "relative" not in clause.kinds:
             self.awaiting = subjects
         self.subjects, self.objects = subjects, objects
-        self.found += [(subject, predicate.names, thing) for predicate in predicates for subject in subjects
+        different = {predicate.names: predicate for predicate in predicates}.values()
+        self.found += [(subject, predicate.names, thing) for predicate in different for subject in subjects
                        for thing in objects if not _is_setting(predicate, thing)]
         return rest
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from .vocabulary import COMMANDS, DETERMINERS, JOINTS, PREPOSITIONS
 
 HIDDEN = "\0"  # stands for each character that is not read
-_EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+")
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 _WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
 _ASIDE = re.compile(r"\\[(\[{]([^\\()\[\]{}]{0,200})\\[)\]}]")
@@ -28,6 +28,17 @@ def plain_text(prompt: str) -> str:
     text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
     text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
     return re.sub(r"[()\[\]{}]", " ", text)
+
+
+def plain_phrase(phrase: str) -> str:
+    r"""A phrase without weights and brackets. Escaped brackets stay where they are part of it: "miku \(vocaloid\)"."""
+    escaped = _ESCAPED.findall(phrase)
+    words = " ".join(plain_text(_ESCAPED.sub(HIDDEN, phrase)).split())
+    if len(escaped) == 2 and words.startswith(HIDDEN) and words.endswith(HIDDEN):
+        return words.strip(HIDDEN).strip()
+    for bracket in escaped:
+        words = words.replace(HIDDEN, bracket, 1)
+    return words
 
 
 def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tuple[int, int]]:
@@ -99,7 +110,7 @@ def occurrences(words: str, text: str) -> list[tuple[int, int]]:
 
     The name of an embedding is no word of the prompt: "dog" does not stand in "embedding:dog".
     """
-    if "embedding:" not in words.lower():
+    if "embedding:" not in words:
         text = without_embeddings(text)
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
