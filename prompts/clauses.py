@@ -115,7 +115,7 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
     if kinds & {"former", "latter"}:
         return meant_by("former" if "former" in kinds else "latter", here or context.before, ())
     if "relative" in kinds:
-        return here[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+        return things(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
     if clause.joint == "or":
         raise Unclear(CHOICE)
     if here:

@@ -130,7 +130,7 @@ class _Reader:
 
     def _note(self, predicates: Sequence[Predicate], before: Sequence[Element], after: Sequence[Element], reason: str) -> None:
         clause = split(before)[-1].elements
-        start = min([element.start for element in clause if element.start] + [predicates[0].start])
+        start = min([element.start for element in clause if element.end] + [predicates[0].start])
         names_one = after and (isinstance(after[0], Noun) or after[0].kind in (*PRONOUNS, "unclear"))
         end = max(predicates[-1].end, after[0].end if names_one else 0)
         setting = after and isinstance(after[0], Noun) and _is_setting(predicates[-1], after[0])
