@@ -11,13 +11,15 @@ _EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+")
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 _WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
 _ASIDE = re.compile(r"\\[(\[{]([^\\()\[\]{}]{0,200})\\[)\]}]")
-_QUOTED = re.compile(r"\"([^\"\n]{1,300})\"|“([^”\n]{1,300})”|«([^»\n]{1,300})»|„([^“”\n]{1,300})[“”]"
-                     r"|(?<![\w'])'([^'\n]{1,300})'(?![\w'])|(?<!\w)‘([^’\n]{1,300})’(?!\w)")
+_QUOTES = (("\"", "\""), ("\u201c", "\u201d"), ("\u00ab", "\u00bb"), ("\u201e", "\u201c\u201d"))
+_SINGLE_QUOTES = (("'", "'"), ("\u2018", "\u2019"))  # these may be apostrophes
+_QUOTED = re.compile("|".join([rf"{first}([^{last}\n]{{1,300}})[{last}]" for first, last in _QUOTES] + [
+    rf"(?<![\w']){first}([^{last}\n]{{1,300}}){last}(?![\w'])" for first, last in _SINGLE_QUOTES]))
 _SAID = re.compile(r"\b(?:say|says|saying|said|read|reads|reading|text|words?|titled|called|named|caption(?:ed)?|slogan"
                    r"|labell?ed|letters|lettering|written|writing|inscription|inscribed|message|typography|spell(?:s|ing)?"
                    r"|logo|title|print(?:ed)?|writes)\s*[:,]?\s*$", re.IGNORECASE)
-_LAST_WORD = re.compile(r"([^\W_][\w'’\-]*)\s*$")
-_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
+_LAST_WORD = re.compile(r"([^\W_][\w'\u2019\-]*)\s*$")
+_SENTENCE_END = re.compile(r"(?<=[.!?;\u3002\uff01\uff1f])(?=\s|$)")
 _REACH = 40  # characters before a quotation that are looked at
 _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
 """Words after which a quotation is part of the sentence: `photo of "a dog"`."""
