@@ -94,7 +94,8 @@ def has_verb(clause: Segment) -> bool:
 
 def _is_negated(elements: Sequence[Element]) -> bool:
     """True where "not" belongs to the relation: no phrase follows it."""
-    return any(element == Mark("not") and not (index + 1 < len(elements) and isinstance(elements[index + 1], Noun))
+    return any(element == Mark("not") and not (elements[index + 1:index + 2] and (
+        isinstance(elements[index + 1], Noun) or elements[index + 1] == Mark("adjective")))
                for index, element in enumerate(elements))
 
 

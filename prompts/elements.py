@@ -58,7 +58,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Mark:
-    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, preposition, aside;
+    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, adjective, preposition, aside;
     a pronoun: it, he, they, both, former, latter; or "unclear", what names no thing."""
 
     kind: str
@@ -154,6 +154,8 @@ class _Scanner:
             spelling = " ".join(self._text[token.start:token.end] for token in tokens)
             self.elements.append(Noun(spelling, tokens[0].start, tokens[-1].end, determiners, self._link))
             self._link = "new"
+        elif tokens and self.elements[-1:] == [Mark("not")]:
+            self.elements.append(Mark("adjective", tokens[0].start, tokens[-1].end))  # "that isn't black"
         elif determiners and not tokens and determiners[-1] in _PRONOUNS:
             last = self._determiners[-1]
             self.elements.append(Mark(_PRONOUNS[last.word], last.start, last.end))

@@ -77,12 +77,17 @@ _MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) 
 _TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|staring|stare|driv|fly|bend|roll"
                      r"|slid|shift|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
 
+_REASONS = {"other": "only left, right, above and below are steered",
+            "part": "it may mean a part of it; write \"above\" or \"on top of\" where that is meant",
+            "whose": "write \"to the left of\" or \"to the right of\" and the object"}
 _ORDER = re.compile(r"(?<![\w\-])(?:from\s+)?(?:the\s+)?(?P<first>left|right|top|bottom)\s+to\s+(?:the\s+)?"
                     r"(?:left|right|top|bottom)(?![\w\-])", re.IGNORECASE)
 _UNSTEERED = re.compile(
     rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both|each|every){_GAP}sides?{_OF})"
     rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
-    rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF}))(?![\w\-'\u2019])", re.IGNORECASE)
+    rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF})"
+    rf"|(?P<whose>(?:to|on|at){_GAP}(?:the|an?){_GAP}\w{{1,20}}(?:{_GAP}\w{{1,20}})?['\u2019]s{_GAP}{_SIDE}))"
+    r"(?![\w\-'\u2019])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """Words at text[start:end] for a relation between things that cannot be steered; is_part: "at the top of a tree"."""
+    """Words at text[start:end] for a relation between things that is not steered, and why.
+
+    complete: they name their object, as in "to the cat's left".
+    """
 
     start: int
     end: int
-    is_part: bool
+    reason: str
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,8 @@ def find_places(text: str) -> Iterator[Place]:
 
 def find_all(text: str) -> list[Found]:
     """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
-    unsteered = (Unsteered(match.start(), match.end(), bool(match["part"])) for match in _UNSTEERED.finditer(text))
+    unsteered = (Unsteered(match.start(), match.end(), _REASONS[match.lastgroup], match.lastgroup == "whose")
+                 for match in _UNSTEERED.finditer(text))
     found: list[Found] = []
     orders = (Order(match.start(), match.end(), _order(match["first"].lower())) for match in _ORDER.finditer(text))
     for one in sorted([*find_predicates(text), *find_places(text), *unsteered, *orders], key=_longest_first):

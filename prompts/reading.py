@@ -30,8 +30,6 @@ from .text import hide, plain_text, sentences, set_apart, without_embeddings
 from .vocabulary import AMBIENT, BODY
 
 Triple = tuple[str, tuple[str, ...], str]
-OTHER_RELATION = "only left, right, above and below are steered"
-PART = "it may mean a part of it; write \"above\" or \"on top of\" where that is meant"
 
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
 _COVERS = re.compile(r"over|under", re.IGNORECASE)
@@ -146,10 +144,13 @@ class _Reader:
 
     def note_unsteered(self, one: Unsteered, elements: Sequence[Element]) -> None:
         """Tells of "next to a tree" where a thing follows."""
+        if one.complete:
+            self.note(one.start, one.end, one.reason)
+            return
         noun = next((element for element in elements if isinstance(element, Noun) and element.start >= one.end), None)
         if noun is not None and not is_frame(noun) and noun.last_word not in _IDLE | BODY \
                 and _only_determiners(self.prompt[one.end:noun.start]):
-            self.note(one.start, noun.end, PART if one.is_part else OTHER_RELATION)
+            self.note(one.start, noun.end, one.reason)
 
     def relate_places(self) -> None:
         relations, rest = relate(self.placed)
