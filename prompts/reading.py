@@ -133,7 +133,7 @@ class _Reader:
         end = max(predicates[-1].end, after[0].end if names_one else 0)
         setting = after and isinstance(after[0], Noun) and _is_setting(predicates[-1], after[0])
         idle = reason == NO_SUBJECT and _COVERS.fullmatch(predicates[-1].words) and not (
-            after and isinstance(after[0], Noun) and after[0].determiners)
+            after and isinstance(after[0], Noun) and (after[0].determiners or after[0].words.startswith("embedding:")))
         if not setting and not idle and not (reason == NO_OBJECT and _COVERS.fullmatch(predicates[-1].words)):
             self.note(start, end, reason)
 
