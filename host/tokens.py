@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
-from ..prompts.text import occurrences
+from ..prompts.text import occurrences, without_embeddings
 from ..steering.attention import WordColumns
 
 CONDITIONING_KEY = "learn_to_steer_prompt"
@@ -63,10 +63,13 @@ class TokenisedPrompt:
         spans = self._spans(words)
         if not 1 <= wanted <= len(spans):
             times = "" if wanted == 1 else f" {wanted} times"
-            raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. Write the "
-                             "object in the prompt exactly as in the relation (the same words in the same order), or "
-                             "change the relation.")
+            raise TokenError(f"input 'positive': the prompt \"{self.text}\" does not contain \"{words}\"{times}. "
+                             + self._advice(words))
         places = self._places(*spans[wanted - 1], stream)
+        if _EMBEDDING in words and -1 not in (self.streams[stream][place] for place in places):
+            name = words[words.index(_EMBEDDING) + len(_EMBEDDING):].split()[0]
+            raise TokenError(f"input 'positive': the text encoder read no embedding \"{name}\": there is no such file in "
+                             "models/embeddings, or none for this encoder. Put it there, or name the object in words.")
         if not places:
             raise TokenError(f"input 'positive': in the prompt \"{self.text}\" the text encoder does not keep \"{words}\" "
                              "apart from what stands beside it. Write a space before and after it, or use another word.")
@@ -77,14 +80,22 @@ class TokenisedPrompt:
     def _spans(self, words: str) -> list[tuple[int, int]]:
         """(start, end) of the words in the text as the encoder reads it: the segments, a space between them.
 
-        "_" separates words only where they stand nowhere else, so that occurrences are numbered as in the graph.
+        Square and curly brackets separate words, as in the graph: "[cat]" is a cat. "_" does so only where the words
+        stand nowhere else, so that occurrences are numbered as in the graph.
         """
-        text, words = (" ".join(_segments(part)) for part in (self.text, words))
+        text, words = (re.sub(r"[\[\]{}]", " ", " ".join(_segments(part))) for part in (self.text, words))
         if not words.strip():
             return []
         if _EMBEDDING not in words:  # "dog" is no word of "embedding:dog"
-            text = re.sub(rf"(?<!\S){_EMBEDDING}\S+", lambda name: "\0" * len(name.group()), text)
+            text = without_embeddings(text)
         return occurrences(words, text) or occurrences(words, text.replace("_", " "))
+
+    def _advice(self, words: str) -> str:
+        name = re.search(rf"(?<!\S){_EMBEDDING}\S*(?<!\w){re.escape(words)}(?!\w)\S*", self.text) if words else None
+        if name:
+            return f"It is part of an embedding's name: write the object as \"{name.group().rstrip(',.;:!?)')}\"."
+        return ("Write the object in the prompt exactly as in the relation (the same words in the same order), or change "
+                "the relation.")
 
     def _places(self, start: int, end: int, stream: str) -> tuple[int, ...]:
         """Positions of the tokens that cover `start` to `end` of the text as read, () where other words share them.

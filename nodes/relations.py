@@ -52,14 +52,16 @@ class MultiRelationGraph(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True,
                                 default="a photo of a dog to the right of a teddy bear",
                                 tooltip="The prompt. Relations such as \"to the left of\", \"above\", \"under\" are read "
-                                        "from it unless you give some below."),
+                                        "from it unless you give some below. After a run the node shows what was understood "
+                                        "and what was not."),
                 io.String.Input("relations", multiline=True, default="", optional=True,
                                 tooltip="Optional, one a line: dog | to the right of | teddy bear. A fourth field is a "
                                         "weight. They replace what is read from the prompt; with an empty prompt they "
                                         "also write it."),
                 io.Boolean.Input("allow_no_relation", default=False, optional=True, advanced=True,
                                  tooltip="Accept a prompt in which no relation is found: nothing is steered then. Off: it "
-                                         "is an error, so that a misspelt relation is noticed."),
+                                         "is an error that quotes what was not understood, so that a misspelt relation is "
+                                         "noticed."),
                 io.Autogrow.Input("relation_list", optional=True, tooltip="Optional list of \"Spatial Relation\" nodes; it "
                                   "grows as you connect them.",
                                   template=io.Autogrow.TemplatePrefix(
@@ -85,9 +87,9 @@ class MultiRelationGraph(io.ComfyNode):
         except RelationError as error:
             raise RelationError(f"{_source(relations, extra)}: {error}") from None
         if not graph.relations and not allow_no_relation:
-            raise RelationError(f"input 'prompt': no relation found in \"{prompt}\". Write one, such as \"a dog to the left of "
-                                "a cat\" (also: right of, above, below, on top of, under), or give it in 'relations', or "
-                                "switch 'allow_no_relation' on.")
+            raise RelationError(f"input 'prompt': {_no_relation(graph)} Write one, such as \"a dog to the left of a cat\" (also: "
+                                "right of, above, below, on top of, under), or give it in 'relations', or switch "
+                                "'allow_no_relation' on.")
         if graph.relations and not graph.counted().relations and not allow_no_relation:
             raise RelationError(f"{_source(relations, extra)}: every relation has the weight 0, so nothing would be steered. "
                                 "Give one a weight above 0, or switch 'allow_no_relation' on.")
@@ -99,6 +101,14 @@ def _need_text_encoder(clip) -> None:
     if clip is None:
         raise RuntimeError("input 'clip': it is empty. The checkpoint has no text encoder: load one with \"Load CLIP\" or "
                            "\"DualCLIPLoader\".")
+
+
+def _no_relation(graph: RelationGraph) -> str:
+    """What the error says of a prompt without a relation: what was not understood in it, where there is such."""
+    if not graph.not_understood:
+        return f"no relation found in \"{graph.prompt}\"."
+    return (f"no relation understood in \"{graph.prompt}\". Not understood: "
+            + "; ".join(str(one) for one in graph.not_understood) + ".")
 
 
 def _source(lines: str, extra: tuple[SpatialRelation, ...]) -> str:

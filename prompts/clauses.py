@@ -94,7 +94,8 @@ def has_verb(clause: Segment) -> bool:
 
 def _is_negated(elements: Sequence[Element]) -> bool:
     """True where "not" belongs to the relation: no phrase follows it."""
-    return any(element == Mark("not") and not (index + 1 < len(elements) and isinstance(elements[index + 1], Noun))
+    return any(element == Mark("not") and not (elements[index + 1:index + 2] and (
+        isinstance(elements[index + 1], Noun) or elements[index + 1] == Mark("adjective")))
                for index, element in enumerate(elements))
 
 
@@ -115,7 +116,7 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
     if kinds & {"former", "latter"}:
         return meant_by("former" if "former" in kinds else "latter", here or context.before, ())
     if "relative" in kinds:
-        return here[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+        return things(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
     if clause.joint == "or":
         raise Unclear(CHOICE)
     if here:

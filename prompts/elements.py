@@ -58,7 +58,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Mark:
-    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, preposition, aside;
+    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, adjective, preposition, aside;
     a pronoun: it, he, they, both, former, latter; or "unclear", what names no thing."""
 
     kind: str
@@ -71,9 +71,9 @@ Element = Noun | Mark | Predicate | Place | Order
 _PUNCTUATION = r"!-/:-@\[-^`{-~\u00a1-\u00bf\u2010-\u205e\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
 _WORD = rf"[^\s{HIDDEN}{_PUNCTUATION}]+"
 _SEVERAL = "|".join(words.replace(" ", r"\s+") for words in SEVERAL_WORDS)
-_TOKEN = re.compile(rf"\b(?:{_SEVERAL})\b|{_WORD}(?:['’\-]{_WORD})*|\n+|{HIDDEN}+|[{_PUNCTUATION}]", re.IGNORECASE)
+_TOKEN = re.compile(rf"\b(?:{_SEVERAL})\b|{_WORD}(?:['\u2019\-]{_WORD})*|\n+|{HIDDEN}+|[{_PUNCTUATION}]", re.IGNORECASE)
 _IS_PUNCTUATION = re.compile(rf"[{_PUNCTUATION}\n]+")
-_QUOTES = "\"'`“”„‘’«»"
+_QUOTES = "\"'`\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
 _FOUND = "\ue000"  # stands for the words of a relation or place
 _PRONOUNS = {"this": "it", "that": "it", "her": "he", "these": "they", "those": "they"} | {
     word: "unclear" for word in NUMBERS | ORDINALS | {"each", "some", "several", "many", "few"}}
@@ -115,11 +115,11 @@ def _words(text: str, start: int, end: int) -> list[_Token]:
     tokens: list[_Token] = []
     while match := _TOKEN.search(text, start, end):
         start = match.start()
-        word = " ".join(match.group().lower().split()) or match.group()
+        word = " ".join(match.group().lower().replace("\u2019", "'").split()) or match.group()
         stop = match.end()
         if word == "embedding" and (name_end := embedding_at(text, start)) > stop:
             word, stop = "embedding:", name_end
-        for part in CONTRACTIONS.get(word.replace("’", "'"), "").split() or [SEVERAL_WORDS.get(word, word)]:
+        for part in CONTRACTIONS.get(word, "").split() or [SEVERAL_WORDS.get(word, word)]:
             tokens.append(_Token(part, start, stop))
         start = stop
     return tokens
@@ -154,6 +154,8 @@ class _Scanner:
             spelling = " ".join(self._text[token.start:token.end] for token in tokens)
             self.elements.append(Noun(spelling, tokens[0].start, tokens[-1].end, determiners, self._link))
             self._link = "new"
+        elif tokens and self.elements[-1:] == [Mark("not")]:
+            self.elements.append(Mark("adjective", tokens[0].start, tokens[-1].end))  # "that isn't black"
         elif determiners and not tokens and determiners[-1] in _PRONOUNS:
             last = self._determiners[-1]
             self.elements.append(Mark(_PRONOUNS[last.word], last.start, last.end))
@@ -177,7 +179,7 @@ class _Scanner:
             self._starts(token)
 
     def _find(self, found: Found) -> None:
-        if self._noun and self._noun[-1].word.replace("’", "'").endswith("'s"):  # "the dog's above the cat"
+        if self._noun and self._noun[-1].word.endswith("'s"):  # "the dog's above the cat"
             last = self._noun[-1]
             self._noun[-1] = _Token(last.word[:-2], last.start, last.end - 2)
             self.mark(last, "is")
@@ -217,7 +219,7 @@ class _Scanner:
                 self._noun = []  # "a big, red dog": the phrase is "red dog"
             else:
                 self.mark(token, "newline" if word[0] == "\n" else "comma")
-        elif word.endswith(("n't", "n’t")) or word in NEGATIONS or word == "not":
+        elif word.endswith("n't") or word in NEGATIONS:
             self.mark(token, "not", self._link)
         elif word == "that" and (not first or self.elements) and not self._determiners:
             self.mark(token, "relative")

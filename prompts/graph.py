@@ -8,7 +8,7 @@ from dataclasses import replace
 from .predicates import parse_predicate, speaks_of_places
 from .reading import read_triples
 from .relations import RELATIONS, Relation, RelationError, RelationGraph, phrase_key, split_occurrence
-from .text import first_alone, occurrences, plain_text, set_apart
+from .text import first_alone, occurrences, plain_phrase, plain_text, set_apart
 
 _ARTICLE = re.compile(r"(?:a|an|the)\s+(?=\S)", re.IGNORECASE)
 _AN = re.compile(r"(?!uni|use|eu|one\b)[aeiou]|hour|honest", re.IGNORECASE)
@@ -63,7 +63,7 @@ def _read_line(line: str) -> Relation:
 
 
 def _bare_phrase(phrase: str) -> str:
-    words, number = split_occurrence(" ".join(plain_text(phrase).split()))
+    words, number = split_occurrence(plain_phrase(phrase))
     words = _ARTICLE.sub("", words, count=1) if _ARTICLE.match(words) else words
     return words if number == 1 else f"{words}#{number}"
 

@@ -31,7 +31,7 @@ def _forms(of: str) -> str:
             rf"|{_CORNER}{of}|{_TOWARDS_SIDE}{of}|{_UPRIGHT}")
 
 
-_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_forms(_OF)}|{_TO_ITS})(?![\w\-'’])", re.IGNORECASE)
+_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_forms(_OF)}|{_TO_ITS})(?![\w\-'\u2019])", re.IGNORECASE)
 _ALONE = re.compile(rf"(?:{_forms(f'(?:{_OF})?')})", re.IGNORECASE)
 _LEADING = re.compile(rf"(?:(?:is|are|was|were|sits?|stands?|lies?|sitting|standing|lying|placed|located|positioned"
                       rf"|situated|directly|just|slightly|the){_GAP})+", re.IGNORECASE)
@@ -43,9 +43,9 @@ _OTHER_USE_BEFORE = re.compile(
     r"\b(?:a|an|the|its|his|her|their|from|all|as|see)\s*$", re.IGNORECASE)
 _IDIOMS = re.compile(
     r"\b(?:(?:game|voice|cross|heads?|all)\s+over|so\s+below|(?:what|nothing|(?<!a )little|much|all|anything)"
-    r"(?:['’]s|\s+that\s+is|\s+is|\s+was|\s+remains)?\s+left\s+of)\b", re.IGNORECASE)
+    r"(?:['\u2019]s|\s+that\s+is|\s+is|\s+was|\s+remains)?\s+left\s+of)\b", re.IGNORECASE)
 _OTHER_USE_AFTER = re.compile(
-    r"\s*(?:\d\d|[$€£]|[a-z]{3,6}\s+(?:feet|foot|inch(?:es)?|met(?:er|re)s|years|pounds|percent|hours|minutes)\b"
+    r"\s*(?:\d\d|[$\u20ac\u00a3]|[a-z]{3,6}\s+(?:feet|foot|inch(?:es)?|met(?:er|re)s|years|pounds|percent|hours|minutes)\b"
     r"|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|the\s+age|construction|control|pressure"
     r"|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell|each\s+other"
     r"|one\s+another|history|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
@@ -54,7 +54,7 @@ _OTHER_USE_AFTER = re.compile(
 _NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred"
            r"|half|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
 _UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?"
-         r"|distance|touch|tad|bits|(?:hair|stone|arm|hand)['’]s\s+(?:breadth|width|throw|length)|(?P<thing>feet|foot|steps?|paces?"
+         r"|distance|touch|tad|bits|(?:hair|stone|arm|hand)['\u2019]s\s+(?:breadth|width|throw|length)|(?P<thing>feet|foot|steps?|paces?"
          r"|stor(?:ey|y|eys|ies)|floors?|blocks?))")
 _ABOUT = (r"\b(?:about|around|roughly|approximately|nearly|almost|only|exactly|just|at\s+least|slightly|somewhat|directly"
           r"|immediately|high|far|straight|partly|(?<!the )(?<!to )(?<!on )(?<!at )right)")
@@ -69,20 +69,25 @@ _PLACE = re.compile(
     rf"(?<![\w\-])(?:(?P<to>(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR})?"
     rf"(?P<edge>(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right)|top|bottom|middle|cent(?:er|re))"
     rf"(?:(?:{_GAP}hand)?{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
-    rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'’]){_OF_FRAME}", re.IGNORECASE)
+    rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'\u2019]){_OF_FRAME}", re.IGNORECASE)
 _LABEL_BEFORE = re.compile(r"(?:^|[,.;:\n])\s*$")  # "left: a dog, right: a cat"
 _COLON, _ENDS = re.compile(r"\s*:"), re.compile(r"\s*(?:$|[,.;\n]|and\b)")
-_GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'’\-]|([\w'’]+))")
+_GOES_ON = re.compile(r"\s*(?:$|\n|[^\w\s'\u2019\-]|([\w'\u2019]+))")
 _MAY_FOLLOW = DETERMINERS | PREPOSITIONS | frozenset(JOINTS) | frozenset(VERBS) | OTHER_VERBS | {"that", "not"}
 _TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|glanc|gaz|staring|stare|driv|fly|bend|roll"
                      r"|slid|shift|swerv)\w{0,4}(?:\s+\w{1,12})?\s*$", re.IGNORECASE)
 
+_REASONS = {"other": "only left, right, above and below are steered",
+            "part": "it may mean a part of it; write \"above\" or \"on top of\" where that is meant",
+            "whose": "write \"to the left of\" or \"to the right of\" and the object"}
 _ORDER = re.compile(r"(?<![\w\-])(?:from\s+)?(?:the\s+)?(?P<first>left|right|top|bottom)\s+to\s+(?:the\s+)?"
                     r"(?:left|right|top|bottom)(?![\w\-])", re.IGNORECASE)
 _UNSTEERED = re.compile(
     rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both|each|every){_GAP}sides?{_OF})"
     rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
-    rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF}))(?![\w\-'’])", re.IGNORECASE)
+    rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF})"
+    rf"|(?P<whose>(?:to|on|at){_GAP}(?:the|an?){_GAP}\w{{1,20}}(?:{_GAP}\w{{1,20}})?['\u2019]s{_GAP}{_SIDE}))"
+    r"(?![\w\-'\u2019])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """Words at text[start:end] for a relation between things that cannot be steered; is_part: "at the top of a tree"."""
+    """Words at text[start:end] for a relation between things that is not steered, and why.
+
+    complete: they name their object, as in "to the cat's left".
+    """
 
     start: int
     end: int
-    is_part: bool
+    reason: str
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,8 @@ def find_places(text: str) -> Iterator[Place]:
 
 def find_all(text: str) -> list[Found]:
     """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
-    unsteered = (Unsteered(match.start(), match.end(), bool(match["part"])) for match in _UNSTEERED.finditer(text))
+    unsteered = (Unsteered(match.start(), match.end(), _REASONS[match.lastgroup], match.lastgroup == "whose")
+                 for match in _UNSTEERED.finditer(text))
     found: list[Found] = []
     orders = (Order(match.start(), match.end(), _order(match["first"].lower())) for match in _ORDER.finditer(text))
     for one in sorted([*find_predicates(text), *find_places(text), *unsteered, *orders], key=_longest_first):

@@ -7,6 +7,7 @@ from .elements import Element, Mark, Noun
 from .segments import is_many, is_person
 from .vocabulary import POSSESSIVES
 
+_MOST = 4  # things that "them" stands for
 PRONOUNS = ("it", "he", "they", "both", "former", "latter")
 
 
@@ -31,7 +32,7 @@ def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun])
         return named if pronoun == "both" else [named[0 if pronoun == "former" else 1]]
     if pronoun == "they":
         many = [noun for noun in named if is_many(noun)]
-        if len(named) == 1 and many or len(named) > 1 and not many:
+        if len(named) == 1 and many or 1 < len(named) <= _MOST and not many:
             return named
     else:
         people = [noun for noun in named if is_person(noun)]

@@ -30,8 +30,6 @@ from .text import hide, plain_text, sentences, set_apart, without_embeddings
 from .vocabulary import AMBIENT, BODY
 
 Triple = tuple[str, tuple[str, ...], str]
-OTHER_RELATION = "only left, right, above and below are steered"
-PART = "it may mean a part of it; write \"above\" or \"on top of\" where that is meant"
 
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
 _COVERS = re.compile(r"over|under", re.IGNORECASE)
@@ -93,7 +91,8 @@ class _Reader:
         elif opening or clause.joint and "relative" not in clause.kinds:
             self.awaiting = subjects
         self.subjects, self.objects = subjects, objects
-        self.found += [(subject, predicate.names, thing) for predicate in predicates for subject in subjects
+        different = {predicate.names: predicate for predicate in predicates}.values()
+        self.found += [(subject, predicate.names, thing) for predicate in different for subject in subjects
                        for thing in objects if not _is_setting(predicate, thing)]
         return rest
 
@@ -129,12 +128,12 @@ class _Reader:
 
     def _note(self, predicates: Sequence[Predicate], before: Sequence[Element], after: Sequence[Element], reason: str) -> None:
         clause = split(before)[-1].elements
-        start = min([element.start for element in clause if element.start] + [predicates[0].start])
+        start = min([element.start for element in clause if element.end] + [predicates[0].start])
         names_one = after and (isinstance(after[0], Noun) or after[0].kind in (*PRONOUNS, "unclear"))
         end = max(predicates[-1].end, after[0].end if names_one else 0)
         setting = after and isinstance(after[0], Noun) and _is_setting(predicates[-1], after[0])
         idle = reason == NO_SUBJECT and _COVERS.fullmatch(predicates[-1].words) and not (
-            after and isinstance(after[0], Noun) and after[0].determiners)
+            after and isinstance(after[0], Noun) and (after[0].determiners or after[0].words.startswith("embedding:")))
         if not setting and not idle and not (reason == NO_OBJECT and _COVERS.fullmatch(predicates[-1].words)):
             self.note(start, end, reason)
 
@@ -145,10 +144,13 @@ class _Reader:
 
     def note_unsteered(self, one: Unsteered, elements: Sequence[Element]) -> None:
         """Tells of "next to a tree" where a thing follows."""
+        if one.complete:
+            self.note(one.start, one.end, one.reason)
+            return
         noun = next((element for element in elements if isinstance(element, Noun) and element.start >= one.end), None)
         if noun is not None and not is_frame(noun) and noun.last_word not in _IDLE | BODY \
                 and _only_determiners(self.prompt[one.end:noun.start]):
-            self.note(one.start, noun.end, PART if one.is_part else OTHER_RELATION)
+            self.note(one.start, noun.end, one.reason)
 
     def relate_places(self) -> None:
         relations, rest = relate(self.placed)

@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Iterator
 from .vocabulary import COMMANDS, DETERMINERS, JOINTS, PREPOSITIONS
 
 HIDDEN = "\0"  # stands for each character that is not read
-_EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+", re.IGNORECASE)
+_EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+")
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 _WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
 _ASIDE = re.compile(r"\\[(\[{]([^\\()\[\]{}]{0,200})\\[)\]}]")
-_QUOTED = re.compile(r"\"([^\"\n]{1,300})\"|“([^”\n]{1,300})”|«([^»\n]{1,300})»|„([^“”\n]{1,300})[“”]"
-                     r"|(?<![\w'])'([^'\n]{1,300})'(?![\w'])|(?<!\w)‘([^’\n]{1,300})’(?!\w)")
+_QUOTES = (("\"", "\""), ("\u201c", "\u201d"), ("\u00ab", "\u00bb"), ("\u201e", "\u201c\u201d"))
+_SINGLE_QUOTES = (("'", "'"), ("\u2018", "\u2019"))  # these may be apostrophes
+_QUOTED = re.compile("|".join([rf"{first}([^{last}\n]{{1,300}})[{last}]" for first, last in _QUOTES] + [
+    rf"(?<![\w']){first}([^{last}\n]{{1,300}}){last}(?![\w'])" for first, last in _SINGLE_QUOTES]))
 _SAID = re.compile(r"\b(?:say|says|saying|said|read|reads|reading|text|words?|titled|called|named|caption(?:ed)?|slogan"
                    r"|labell?ed|letters|lettering|written|writing|inscription|inscribed|message|typography|spell(?:s|ing)?"
                    r"|logo|title|print(?:ed)?|writes)\s*[:,]?\s*$", re.IGNORECASE)
-_LAST_WORD = re.compile(r"([^\W_][\w'’\-]*)\s*$")
-_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])(?=\s|$)")
+_LAST_WORD = re.compile(r"([^\W_][\w'\u2019\-]*)\s*$")
+_SENTENCE_END = re.compile(r"(?<=[.!?;\u3002\uff01\uff1f])(?=\s|$)")
 _REACH = 40  # characters before a quotation that are looked at
 _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
 """Words after which a quotation is part of the sentence: `photo of "a dog"`."""
@@ -28,6 +30,17 @@ def plain_text(prompt: str) -> str:
     text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
     text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
     return re.sub(r"[()\[\]{}]", " ", text)
+
+
+def plain_phrase(phrase: str) -> str:
+    r"""A phrase without weights and brackets. Escaped brackets stay where they are part of it: "miku \(vocaloid\)"."""
+    escaped = _ESCAPED.findall(phrase)
+    words = " ".join(plain_text(_ESCAPED.sub(HIDDEN, phrase)).split())
+    if len(escaped) == 2 and words.startswith(HIDDEN) and words.endswith(HIDDEN):
+        return words.strip(HIDDEN).strip()
+    for bracket in escaped:
+        words = words.replace(HIDDEN, bracket, 1)
+    return words
 
 
 def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tuple[int, int]]:
@@ -99,7 +112,7 @@ def occurrences(words: str, text: str) -> list[tuple[int, int]]:
 
     The name of an embedding is no word of the prompt: "dog" does not stand in "embedding:dog".
     """
-    if "embedding:" not in words.lower():
+    if "embedding:" not in words:
         text = without_embeddings(text)
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]

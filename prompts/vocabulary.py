@@ -47,7 +47,7 @@ OTHER_VERBS = _set(
 PARTICIPLES = _set(
     "placed located positioned situated seated seen shown stacked hung perched parked laid mounted set made "
     "surrounded covered painted drawn rendered photographed taken left right dressed hidden buried suspended crouched "
-    "curled tucked titled called named labeled labelled captioned")
+    "curled tucked titled called named labeled labelled captioned filled decorated topped loaded lined")
 PREDICATIVE = _set("asleep awake alone barefoot visible")  # adjectives that follow their noun: "a woman, alone under a tree"
 PLURAL_VERBS = _set("stand fly rest float hang sit lie sleep hover look hold wear watch eat run walk jump play set")
 POSITION_VERBS = _set("stand fly rest float hang sit lie sleep hover")
@@ -57,7 +57,7 @@ COMMANDS = _set("draw paint generate create make put place show imagine see rend
 ADJECTIVES = _set(
     "big small large little tiny huge giant tall short long old young new red green blue yellow purple pink brown "
     "black white grey gray golden silver cute fluffy happy sad beautiful pretty shiny wooden plastic metal striped "
-    "spotted furry soft dark light bright colorful colourful round square very")
+    "spotted furry soft dark bright colorful colourful round very")
 LATE_ADVERBS = _set("just far high right straight also up down there here together alone close only hand side way well "
                     "even away almost nearly exactly partly")
 LY_NOUNS = _set("butterfly family lily jelly fly belly assembly dragonfly firefly bully trolly dolly teddy")

@@ -106,8 +106,8 @@ def test_a_forward_of_another_pack_is_named_in_the_report(recompute: bool):
     assert torch.equal(scene.sample(patched, steps=2, size=(8, 8)), plain)
     report = runs.last.report
     assert {record.outcome for record in report.records} == {"not recorded"}
-    assert any(f"{__name__}.teacache_flux_forward runs the model's blocks without ComfyUI's options" in note
-               for note in report.notes)
+    assert any(f"{__name__}.teacache_flux_forward runs the model's blocks without ComfyUI's options" in warning
+               for warning in report.warnings)
     assert not captured(scene, scene.model, size=(8, 8)).steps
 
 

@@ -140,7 +140,8 @@ class Grammar:
             sides += clause.sides
             if clause.sides and sides > 1:  # places of two sentences are related to each other
                 continue
-            pieces.append(clause.text[0].upper() + clause.text[1:] if self.random.random() < 0.5 else clause.text)
+            pieces.append(clause.text[0].upper() + clause.text[1:] if self.random.random() < 0.5
+                          and not clause.text.startswith("embedding") else clause.text)
             made.relations |= clause.relations
             made.unclear += clause.unclear
             if self.random.random() < 0.4:

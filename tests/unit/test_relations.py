@@ -383,6 +383,28 @@ def test_describe_and_str():
     assert build_graph("a dog above a cat").describe().startswith("1 relation:\n1. dog above cat\n")
 
 
+def test_what_was_not_understood_is_told_in_words():
+    graph = build_graph("a dog on the left, a cat above a car, a bird behind a tree")
+    assert graph.describe().splitlines() == [
+        "1 relation:", "1. cat above car",
+        "Not understood: \"dog on the left\": absolute places are not steered yet; say where one thing stands from another.",
+        "Not understood: \"behind a tree\": only left, right, above and below are steered.",
+        "Prompt: a dog on the left, a cat above a car, a bird behind a tree"]
+    assert [one.words for one in build_graph("no dog above a cat").not_understood] == ["no dog above a cat"]
+
+
+def test_with_given_relations_the_prompt_is_not_read():
+    assert build_graph("a dog on the left, a cat", "dog | left of | cat").not_understood == ()
+
+
+def test_given_relations_do_not_point_into_quotations():
+    assert build_graph('a sign saying "dog", a dog, a cat', "dog | left of | cat").phrases == ("dog#2", "cat")
+
+
+def test_another_thing_on_the_other_side_is_another_thing():
+    assert read("a dog on the left, another dog on the right") == ["dog L dog#2"]
+
+
 def test_split_occurrence():
     assert split_occurrence("teddy bear#2") == ("teddy bear", 2)
     assert split_occurrence(" dog # 3 ") == ("dog", 3)
@@ -426,4 +448,4 @@ def test_random_characters_are_read_without_an_error():
 def test_long_prompts_take_no_exceptional_time(prompt):
     start = time.process_time()
     read_prompt(prompt)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 1
