@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..files.faults import shown
 from ..prompts.relations import ABOVE, BELOW, LEFT, RIGHT
 
 BACKBONES = ("unet", "mmdit")
@@ -45,10 +46,10 @@ class MapLayout:
             raise ClassifierError(f"Map layout: size must be 1 or more, not {self.size}.")
         if self.normalise not in NORMALISATIONS:
             raise ClassifierError(f"Map layout: normalise must be one of {', '.join(NORMALISATIONS)}, "
-                                  f"not {self.normalise!r}.")
+                                  f"not {shown(self.normalise)}.")
         if self.backbone is not None and self.backbone not in BACKBONES:
             raise ClassifierError(f"Map layout: backbone must be one of {', '.join(BACKBONES)} or None, "
-                                  f"not {self.backbone!r}.")
+                                  f"not {shown(self.backbone)}.")
 
 
 @runtime_checkable

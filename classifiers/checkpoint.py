@@ -41,6 +41,7 @@ _FIRST_ROW_ONLY = "relation_classifier.positional_encoding.pe"
 _NAMED = 4
 _LONGEST_NAME = 100
 _LONGEST_TABLE = 65536
+_LARGEST_SETTING = 1000
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _geometric(entries: Entries, weights: Mapping[str, Tensor], name: str) -> Ge
     if unknown := [name for name in settings.values if name not in known]:
         raise FileFault(f"the settings {_some(unknown)} are unknown")
     classifier = GeometricClassifier(
-        GeometricSettings(**{name: settings.number(name) for name in settings.values}), layout.size, weights[WEIGHTS].clone(),
+        GeometricSettings(**{name: settings.number(name, 0, _LARGEST_SETTING) for name in settings.values}), layout.size, weights[WEIGHTS].clone(),
         name=name, backbone=layout.backbone, training=dict(entries.group("training").values), licence=entries.text("licence"))
     if classifier.layout.channels != layout.channels:
         raise ClassifierError(f"its metadata says {layout.channels} channels, it has weights for "

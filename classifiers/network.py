@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..files.faults import shown
 from .base import ClassifierError
 
 STEP_MODES = ("mid", "pre", "off")
@@ -253,5 +254,5 @@ def _entry(config: Mapping, name: str, kind: type, path: str = "", **fallback):
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise ClassifierError(f"Classifier config: {name} is {value!r}, but must be {wanted}. The file is damaged or "
+        raise ClassifierError(f"Classifier config: {name} is {shown(value)}, but must be {wanted}. The file is damaged or "
                               "of an unknown kind; get it again.")

@@ -25,7 +25,7 @@ class StepMapping:
         self.timesteps = tuple(sorted({int(step) for step in timesteps}))
         self.num_timesteps = int(num_timesteps)
         if not self.timesteps or self.timesteps[0] < 0 or self.timesteps[-1] >= self.num_timesteps:
-            raise ClassifierError(f"Classifier steps: the trained step indices {list(timesteps)} do not lie within a "
+            raise ClassifierError(f"Classifier steps: the trained step indices {str(list(timesteps))[:100]} do not lie within a "
                                   f"schedule of {num_timesteps} steps (0 to {self.num_timesteps - 1}). The "
                                   "classifier's training settings are damaged; get or train the file again.")
 

@@ -1,7 +1,6 @@
 """Typed access to what a file says: each value is checked when it is read, and a fault names its entry."""
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,9 +28,9 @@ class Entries:
         return self._checked(name, default, lambda value: _is_whole(value) and least <= value <= most,
                              f"a whole number from {least} to {most}")
 
-    def number(self, name: str, default: object = _NEEDED) -> float:
-        return self._checked(name, default, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
-                             and abs(value) < 1e30 and math.isfinite(value), "a finite number")
+    def number(self, name: str, least: float = -1e12, most: float = 1e12) -> float:
+        return float(self._checked(name, _NEEDED, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+                                   and least <= value <= most, f"a number from {least:g} to {most:g}"))
 
     def text(self, name: str, choices: Sequence[str] = (), default: object = _NEEDED) -> str:
         return self._checked(name, default, lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT

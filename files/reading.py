@@ -107,11 +107,11 @@ class _JsonText:
             except json.JSONDecodeError:
                 if len(self._text) - self._place > LARGEST_ITEM:
                     raise FileFault(f"an object is larger than {LARGEST_ITEM} bytes") from None
-                if not self._more():
+                if not self._more(len(self._text)):  # twice as much, so that all the tries together take twice the last one
                     raise
 
-    def _more(self) -> bool:
-        chunk = self._file.read(_CHUNK)
+    def _more(self, count: int = 0) -> bool:
+        chunk = self._file.read(max(count, _CHUNK))
         self._text, self._place = self._text[self._place:] + chunk, 0
         return bool(chunk)
 
