@@ -25,9 +25,9 @@ CELLS = 8
 """Longest side of the rehearsal's latent, in cells."""
 SHIFT = 16.0
 """How far the second rehearsal's latent is shifted, in units of the largest sigma."""
-FAINT = 1e-5
-"""Below this share of the shift, rounding of the sampler's noise hides what is kept: the run is rehearsed again from there."""
-ROUNDING = 1e-3
+FAINT = 1e-4
+"""Below this share of the shift, rounding of the sampler's noise hides what is kept: a later part of the run is rehearsed."""
+ROUNDING = 0.01
 """Share of a move that does not count."""
 LARGEST = 2.0
 """A sampler may keep this many times sigma_next / sigma of a move: ipndm_v's weights do not sum to 1."""
@@ -135,24 +135,38 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
     sampler = chosen_sampler(function, options)
     if not window:
         return Rehearsal(sampler, {}, {}, {})
+    if not sigmas.isfinite().all():
+        raise SteeringError(f"the schedule's noise levels are not all finite ({', '.join(f'{float(s):.3g}' for s in sigmas)}). "
+                            "Use more steps or another scheduler.")
     stage = Stage(function, model, x, extra_args, options, sampler)
     trial, response = stage.response(sigmas)
     begins = _begins(stage, trial, sigmas)
-    kept, first = {}, 0
+    kept = {}
     for step in sorted(window):
         if step not in begins:
             raise stage.refuse(f"does not evaluate the model in step {step}")
         begin = begins[step]
-        if abs(response[begin - first]) < FAINT and step > 0:
-            resumed, response = stage.response(sigmas[step:])
-            first = begin
-            if not _same_levels(resumed.levels, trial.levels[first:]):
-                raise stage.refuse(f"evaluates the model at other noise levels when it starts at step {step}")
-        if response[begin - first] < FAINT:
+        for start in (step - 1, step):  # the step before first: a sampler may do less in its very first step
+            if response[begin] < FAINT and start > 0:
+                response = _resumed(stage, start, trial.levels, begin, sigmas)
+        if response[begin] < FAINT:
             raise stage.refuse("hands the model another latent than the one it was given")
-        kept[step] = (0.0,) * begin + tuple(share / response[begin - first] for share in response[begin - first:])
+        kept[step] = (0.0,) * begin + tuple(share / response[begin] for share in response[begin:])
         _check_direction_and_size(stage, step, kept[step], begins, sigmas)
     return Rehearsal(sampler, {call: step for step, call in begins.items()}, trial.reported, kept)
+
+
+def _resumed(stage: Stage, start: int, levels: list[float], begin: int, sigmas: Tensor) -> list[float]:
+    """The response of a run that starts at the step `start`, from the whole run's evaluation `begin` on.
+
+    sa_solver_pece evaluates the model only once in its very first step, where else it does so twice at the same level.
+    """
+    trial, response = stage.response(sigmas[start:])
+    remaining = len(levels) - begin
+    missing = max(0, remaining - len(trial.levels))
+    if not _same_levels(trial.levels[:1] * missing + trial.levels[-remaining:], levels[begin:]):
+        raise stage.refuse(f"evaluates the model at other noise levels when it starts at step {start}")
+    return [0.0] * begin + response[:1] * missing + response[-remaining - 1:]
 
 
 def _begins(stage: Stage, trial: Trial, sigmas: Tensor) -> dict[int, int]:

@@ -1,0 +1,87 @@
+"""Samplers of other packs: steered right whatever their habits, or refused with the true reason."""
+from __future__ import annotations
+
+import functools
+
+import comfy.k_diffusion.sampling
+import comfy.samplers
+import other_samplers as other
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import SamplerDPMAdaptative
+from conftest import Scene
+from learn_to_steer.host.patching import apply_steering
+from learn_to_steer.host.stepping import SteeringError
+from response import SIGMAS, Bench, ksampler, near, silent, with_output
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def bench(scene: Scene) -> Bench:
+    return Bench(scene)
+
+
+@pytest.mark.parametrize(("function", "level"), [(other.sample_exponential_2s, 1.0), (other.sample_copying, 1.0),
+                                                 (other.sample_with_changed_sigmas, 0.93)])
+def test_samplers_of_other_packs(bench: Bench, function, level: float):
+    for step, measured in bench.responses(ksampler(function), SIGMAS, level=level).items():
+        near(measured, SIGMAS[-1] / SIGMAS[step])
+
+
+def test_a_step_begins_at_its_own_level_where_the_callback_comes_after_the_substeps(bench: Bench):
+    seen = []
+
+    def watch(apply_model, args: dict) -> Tensor:
+        seen.append(float(bench.sampling.sigma(bench.sampling.timestep(args["timestep"][0]))))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = with_output(bench.scene.model, silent)
+    model.set_model_unet_function_wrapper(watch)
+    patched, _ = apply_steering(model, bench.scene.steering(stop_probability=1.0, max_updates=1))
+    bench.run(patched, ksampler(other.sample_exponential_2s), SIGMAS)
+    assert seen == pytest.approx(SIGMAS[:len(seen)], rel=0.01) and len(seen) >= 3
+
+
+REFUSED = {
+    other.sample_turning: "turns a move of its latent around: a move by 1 at step 0 is one by -0.55 at step 1",
+    other.sample_ignoring: "hands the model another latent than the one it was given",
+    other.sample_stubborn: "does not treat its latent as noisy: of a move by 1 at step 0 it keeps 1 at step 2, where the noise "
+                           "level leaves 0.34",
+    other.sample_in_silence: "never calls back",
+    other.sample_growing: "changes the latent's size from [1, 4, 16, 16] to [1, 4, 16, 32]",
+    other.sample_broken: "failed in a rehearsal on a latent of 8 x 8 cells (RuntimeError: latent too small for tiles of 16)",
+    other.sample_by_what_it_sees: "evaluates the model another number of times than in its rehearsal",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED)
+def test_what_cannot_be_steered_is_refused_with_the_reason(bench: Bench, function):
+    patched, _ = apply_steering(bench.scene.model, bench.scene.steering(stop_probability=1.0, max_updates=1, end=0.5))
+    with pytest.raises(SteeringError) as error:
+        bench.run(patched, ksampler(function), SIGMAS)
+    name = function.__name__.removeprefix("sample_")
+    assert str(error.value).startswith(f"input 'sampler': {name} ") and REFUSED[function] in str(error.value)
+    assert "so it cannot be steered. Use euler" in str(error.value)
+
+
+def test_messages_name_the_sampler_as_it_was_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """A pack's sampler in the host's own list, and a sampler that a node of the host made with options."""
+    patched, _ = apply_steering(bench.scene.model, bench.scene.steering())
+    with pytest.raises(SteeringError, match="^input 'sampler': turning turns a move"):
+        bench.run(patched, ksampler(functools.partial(other.sample_turning)), SIGMAS)
+    monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_whirl", other.sample_turning, raising=False)
+    monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "elsewhere", "whirl"])
+    with pytest.raises(SteeringError, match="^input 'sampler_name': whirl turns a move"):
+        bench.scene.sample(patched, "whirl")
+    adaptive = SamplerDPMAdaptative.execute(3, 0.05, 0.0078, 0.05, 0.0, 1.0, 0.0, 0.81, 0.0, 1.0)[0]
+    with pytest.raises(SteeringError, match="^input 'sampler': dpm_adaptive chooses its own noise levels"):
+        bench.run(patched, adaptive, SIGMAS)
+
+
+def test_a_schedule_that_is_not_finite(bench: Bench):
+    """kl_optimal with one step divides by 0: the sampler is not to blame."""
+    patched, _ = apply_steering(bench.scene.model, bench.scene.steering())
+    sigmas = comfy.samplers.calculate_sigmas(bench.sampling, "kl_optimal", 1)
+    assert torch.isnan(sigmas).any()
+    with pytest.raises(SteeringError, match="^the schedule's noise levels are not all finite .nan, 0."):
+        bench.run(patched, comfy.samplers.ksampler("euler"), tuple(sigmas.tolist()))
