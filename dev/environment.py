@@ -207,9 +207,7 @@ def build_layer(folder: Path, base: Path, host: str) -> None:
     python = venv_python(folder / "venv")
     step(f"1/3 virtual environment for ComfyUI {host}",
          [venv_python(base / "venv"), "-m", "venv", "--without-pip", folder / "venv"], log, folder, "")
-    packages = site_packages(folder / "venv")
-    relative = os.path.relpath(site_packages(base / "venv"), packages)  # plain ASCII, whatever the home folder is called
-    (packages / "learn_to_steer_base.pth").write_text(relative + "\n", encoding="ascii")
+    search_also(site_packages(folder / "venv"), site_packages(base / "venv"))
     download_host(python, HOSTS[host], folder / "ComfyUI", log)
     install("3/3 the requirements in which it differs (0.4 GB)", python,
             ["-c", REQUIREMENTS, "-r", folder / "ComfyUI" / "requirements.txt"], log, folder)
@@ -218,6 +216,11 @@ def build_layer(folder: Path, base: Path, host: str) -> None:
 def site_packages(venv: Path) -> Path:
     scheme = "nt" if sys.platform == "win32" else "posix_prefix"
     return Path(sysconfig.get_path("purelib", scheme, {"base": str(venv), "platbase": str(venv)}))
+
+
+def search_also(packages: Path, others: Path) -> None:
+    """Has Python look for modules in `others` where `packages` has none. The path is relative, thus plain ASCII."""
+    (packages / "learn_to_steer_base.pth").write_text(os.path.relpath(others, packages) + "\n", encoding="ascii")
 
 
 def install(title: str, python: Path, words: Sequence[object], log: Path, folder: Path) -> None:

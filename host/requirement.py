@@ -17,9 +17,12 @@ def unmet_requirement() -> str | None:
     """
     try:
         from comfyui_version import __version__ as found
-    except ImportError:
-        found = "0"  # ComfyUI has named its version in this module since early 2025
+    except ImportError:  # ComfyUI has named its version in this module since January 2025
+        return _complaint("this one is older")
     if not _numbers(found) or _numbers(found) >= _numbers(OLDEST_HOST):
         return None
-    named = "this ComfyUI" if found == "0" else f"this is {found}"
-    return f"Learn to Steer needs ComfyUI {OLDEST_HOST} or newer, {named}. Its nodes are not loaded; update ComfyUI."
+    return _complaint(f"this is {found}")
+
+
+def _complaint(running: str) -> str:
+    return f"Learn to Steer needs ComfyUI {OLDEST_HOST} or newer; {running}. Its nodes are not loaded: update ComfyUI."
