@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from learn_to_steer.host.requirement import OLDEST_HOST
 
 from dev.client import ServerError
 from dev.server import Server, free_port
@@ -62,5 +63,5 @@ def test_comfyui_that_is_too_old_gets_one_line_in_the_log(tmp_path):
     assert "ComfyUI version: 0.3.40" in log and "KSampler" in nodes
     assert not any(name.startswith("LearnToSteer") for name in nodes)
     said = [line for line in log.splitlines() if "Learn to Steer" in line]
-    assert len(said) == 1 and "needs ComfyUI 0.16.3 or newer; this is 0.3.40." in said[0]
+    assert len(said) == 1 and f"needs ComfyUI {OLDEST_HOST} or newer; this is 0.3.40." in said[0]
     assert "Traceback" not in log and "Skip" not in log
