@@ -187,9 +187,10 @@ def _geometric(entries: Entries, weights: Mapping[str, Tensor], name: str) -> Ge
     known = {field.name for field in fields(GeometricSettings)}
     if unknown := [name for name in settings.values if name not in known]:
         raise FileFault(f"the settings {_some(unknown)} are unknown")
+    numbers = {name: settings.number(name, 0, _LARGEST_SETTING) for name in settings.values}
     classifier = GeometricClassifier(
-        GeometricSettings(**{name: settings.number(name, 0, _LARGEST_SETTING) for name in settings.values}), layout.size, weights[WEIGHTS].clone(),
-        name=name, backbone=layout.backbone, training=dict(entries.group("training").values), licence=entries.text("licence"))
+        GeometricSettings(**numbers), layout.size, weights[WEIGHTS].clone(), name=name, backbone=layout.backbone,
+        training=dict(entries.group("training").values), licence=entries.text("licence"))
     if classifier.layout.channels != layout.channels:
         raise ClassifierError(f"its metadata says {layout.channels} channels, it has weights for "
                               f"{classifier.layout.channels}. The file is damaged; get it again.")
