@@ -11,7 +11,9 @@ from learn_to_steer.prompts.relations import RelationError
 class Encoder:
     """A CLIP with the host's tokenizer and no network."""
 
-    tokenize = staticmethod(SD1Tokenizer().tokenize_with_weights)
+    tokenizer = SD1Tokenizer()
+    tokenizer_options: dict = {}
+    tokenize = staticmethod(tokenizer.tokenize_with_weights)
 
     def encode_from_tokens_scheduled(self, tokens, add_dict):
         return [[torch.zeros(1, 77, 8), dict(add_dict)]]
