@@ -39,7 +39,7 @@ class TinyClip:
     """The host's tokenizer, with random embeddings."""
 
     def __init__(self) -> None:
-        self.tokenizer = SD1Tokenizer()
+        self.tokenizer, self.tokenizer_options = SD1Tokenizer(), {}
         self.table = torch.randn(49408, 32, generator=torch.Generator().manual_seed(1))
         self.patcher = patcher_of(self.table)
 
