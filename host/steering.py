@@ -21,7 +21,8 @@ from ..steering.optimizer import Evaluation, displacement, steer_step
 from ..steering.report import SteeringReport, UpdateRecord
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
-from .rehearsal import MovedLatent, rehearse
+from .moved_latent import MovedLatent
+from .rehearsal import rehearse
 from .saved_tensors import InPlaceWriteTracker
 from .session import Session, map_grid
 from .stepping import SampledModel, unwrapped
