@@ -22,9 +22,13 @@ from ..steering.report import NON_FINITE, NOT_RECORDED, SteeringReport, UpdateRe
 from ..steering.settings import SteeringSettings
 from .gradient import FrozenControl, differentiable, differentiable_attention, scaled_gradient
 from .memory import MemoryPlan
+from .moved_latent import MovedLatent
 from .other_packs import what_to_do
 from .records import Run
-from .rehearsal import MovedLatent, rehearse
+from .rehearsal import rehearse
+from .saved_tensors import InPlaceWriteTracker
+from .session import NOTHING_SEEN, Session, map_grid
+from .stepping import SampledModel, SteeringError, unwrapped
 from .saved_tensors import InPlaceWriteTracker
 from .session import NOTHING_SEEN, Session, map_grid
 from .stepping import SampledModel, SteeringError, unwrapped
