@@ -29,9 +29,6 @@ from .rehearsal import rehearse
 from .saved_tensors import InPlaceWriteTracker
 from .session import NOTHING_SEEN, Session, map_grid
 from .stepping import SampledModel, SteeringError, unwrapped
-from .saved_tensors import InPlaceWriteTracker
-from .session import NOTHING_SEEN, Session, map_grid
-from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
 STEP_CACHES = ("easycache",)

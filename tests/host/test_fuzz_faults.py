@@ -12,7 +12,8 @@ from learn_to_steer.host.patching import apply_capture, apply_steering
 from test_kontext import FluxScene
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FAULTS = (comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError, RuntimeError, ValueError, KeyboardInterrupt)
+FAULTS = (comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError, RuntimeError, ValueError,
+          KeyboardInterrupt)
 WATCHES = ("steered", "steered, recomputed", "captured")
 
 
