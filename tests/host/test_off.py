@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(scene: Scene, caplog):
 
 
 def test_memory_does_not_grow(scene: Scene):
-    patched, _ = apply_steering(scene.model, scene.steering(stop_probability=1.0, max_updates=2))
+    patched, _ = apply_steering(scene.model, scene.steering(stop_probability=1.0))
     tensors, sizes = [], []
     for number in range(20):
         scene.sample(patched, steps=4, size=(8, 8))
