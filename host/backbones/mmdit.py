@@ -114,7 +114,8 @@ def _bound_to(block: Module, block_wrap: Callable) -> Callable:
     held = [cell.cell_contents for cell in getattr(block_wrap, "__closure__", None) or ()]
     if not isinstance(block_wrap, FunctionType) or not any(value is block for value in held):
         raise RuntimeError("This ComfyUI calls the blocks of FLUX in a way that this version of Learn to Steer does not know, so "
-                           "it cannot compute them again. Switch save_memory off, and look for a newer version of the pack.")
+                           "it cannot compute them again. Switch save_memory off (it also switches itself on for weights "
+                           "that are cast or offloaded), and look for a newer version of the pack.")
     return FunctionType(block_wrap.__code__, block_wrap.__globals__, block_wrap.__name__, block_wrap.__defaults__,
                         tuple(map(CellType, held)))
 
