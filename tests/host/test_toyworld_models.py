@@ -183,7 +183,7 @@ def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
     scales = next(key for key in tensors if key.endswith(SUFFIX))
     del tensors[scales]
     save_file(tensors, path, metadata={"format": FORMAT, "model": "unet"})
-    words = f"{path.name} is damaged: {scales.removesuffix(SUFFIX)} has 8-bit numbers.*Copy it again"
+    words = f"{path.name} is damaged: {scales.removesuffix(SUFFIX)} has 8-bit numbers.*Install the pack again"
     with pytest.raises(ValueError, match=words):
         models.load_unet_world(path)
 
