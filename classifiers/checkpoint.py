@@ -90,18 +90,20 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
         raise ClassifierError(f"{path.name}: there is not enough memory to read the file.") from error
 
 
-def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier) -> None:
+def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier,
+                    precision: torch.dtype = torch.float32) -> None:
     """Writes our own format; equal classifiers give equal bytes. A file already there is replaced whole or not at all.
 
-    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights,
-    WriteError where the file cannot be written.
+    precision: how a network's weights are stored (a classifier computes in float32 whatever its file holds).
+    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights and
+    for weights that `precision` cannot hold, WriteError where the file cannot be written.
     """
-    replace_file(Path(path), classifier_bytes(classifier))
+    replace_file(Path(path), classifier_bytes(classifier, precision))
 
 
-def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier) -> bytes:
+def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier, precision: torch.dtype = torch.float32) -> bytes:
     """The file of a classifier."""
-    description, weights = _described(classifier)
+    description, weights = _described(classifier, precision)
     try:
         text = json.dumps(description, allow_nan=False)
     except ValueError as error:
@@ -110,7 +112,8 @@ def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier) -> byt
     return save(weights, {METADATA_KEY: text})
 
 
-def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dict, dict[str, Tensor]]:
+def _described(classifier: LearnedClassifier | GeometricClassifier,
+               precision: torch.dtype) -> tuple[dict, dict[str, Tensor]]:
     """Metadata and tensors of a file."""
     common = {"format_version": FORMAT_VERSION, "layout": vars(classifier.layout), "training": classifier.training,
               "licence": classifier.licence}
@@ -119,10 +122,14 @@ def _described(classifier: LearnedClassifier | GeometricClassifier) -> tuple[dic
             raise ClassifierError(f"Classifier {classifier.name!r}: the built-in rule has no weights to save.")
         return {**common, "kind": GEOMETRIC, "settings": asdict(classifier.settings)}, {WEIGHTS: classifier.channel_weights}
     network = classifier.network
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.to(precision).contiguous() for name, tensor in state.items()}
+    if beyond := [name for name in state if weights[name].isinf().any() and state[name].isfinite().all()]:
+        raise ClassifierError(f"Classifier {classifier.name!r}: {_some(beyond)} has values too large for {precision}. Save it "
+                              "in single precision.")
     steps = {"timesteps": list(classifier.steps.timesteps), "num_timesteps": classifier.steps.num_timesteps}
     return ({**common, "config": network.config.to_dict(), "input_channels": network.input_channels,
-             "relations": classifier.relations, "steps": steps},
-            {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
+             "relations": classifier.relations, "steps": steps}, weights)
 
 
 def _check_file(path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .client import Client, ServerError
@@ -30,11 +30,13 @@ class Server:
 
     `base` is the folder for models, inputs, outputs, the user's settings and the log; without one a temporary folder is
     made and removed at the end. The host's own folder is not written to. `host_models`: also offer the models that lie
-    there. `extra`: further words for ComfyUI's command line. `pack`: None for a ComfyUI without this pack.
+    there. `extra`: further words for ComfyUI's command line. `pack`: None for a ComfyUI without this pack. `variables`:
+    further environment variables.
     """
 
     def __init__(self, python: Path, host: Path, base: Path | None = None, port: int | None = None,
-                 host_models: bool = False, extra: tuple[str, ...] = (), pack: Path | None = ROOT):
+                 host_models: bool = False, extra: tuple[str, ...] = (), pack: Path | None = ROOT,
+                 variables: Mapping[str, str] | None = None):
         self.python = python
         self.host = host
         self.port = port or free_port()
@@ -45,6 +47,7 @@ class Server:
         self._extra = extra
         self._host_models = host_models
         self._pack = pack
+        self._variables = variables or {}
         self._process: subprocess.Popen | None = None
 
     @property
@@ -73,7 +76,7 @@ class Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=self.base,
-                env=child_variables(),
+                env={**child_variables(), **self._variables},
                 start_new_session=True)  # Ctrl-C comes to us alone, and `stop` ends it in order
         began = time.monotonic()
         while True:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from .config import FLUX_PREFIX, FLUX_SHIFT, FLUX_TOKENS, FORMAT, LENGTH, TEXT_CONFIG, UNET_CONFIG, UNET_SAMPLING, VOCABULARY
 from .latent import PATCH, PatchTransform
+from .packing import unpack
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -48,21 +49,24 @@ def _clip_class(length: int) -> type[comfy.sd1_clip.SD1ClipModel]:
 
 
 def read_weights(path: Path, model: str) -> dict[str, torch.Tensor]:
-    """The tensors of an exported file. ValueError where the file is not one, or holds another model."""
+    """The tensors of an exported file, unpacked. ValueError where the file is not one, is damaged, or holds another model."""
+    remedy = ("Install the pack again; in a clone of its repository "
+              f"`python dev.py run -m dev.toyworld.train {model}` trains the model anew.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except OSError as error:
-        raise FileNotFoundError(f"small-world weights {path} cannot be read ({error}); "
-                                f"train them with `python dev.py run -m dev.toyworld.train {model}`") from error
+        raise FileNotFoundError(f"Small-world weights {path} cannot be read ({error}). {remedy}") from error
     except Exception as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); train it anew with "
-                         f"`python dev.py run -m dev.toyworld.train {model}`") from error
+        raise ValueError(f"{path} is no safetensors file ({error}). {remedy}") from error
     if metadata.get("format") != FORMAT or metadata.get("model") != model:
         raise ValueError(f"{path} holds {metadata.get('model', 'no')!r} weights in format {metadata.get('format')!r}; "
-                         f"expected {model!r} in {FORMAT!r}")
-    return tensors
+                         f"expected {model!r} in {FORMAT!r}.")
+    try:
+        return unpack(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def read_summary(path: Path) -> dict:

@@ -36,7 +36,7 @@ function showText(node, output) {
 }
 
 app.registerExtension({
-  name: "learn-to-steer.text",
+  name: "learntosteer.text",
   beforeRegisterNodeDef(nodeType, nodeData) {
     const shown = SHOWN[nodeData.name];
     if (!shown) return;

@@ -40,7 +40,6 @@ load_pack()
 
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
 from learn_to_steer.classifiers.base import RelationClassifier  # noqa: E402
 from learn_to_steer.classifiers.checkpoint import load_classifier  # noqa: E402
 from learn_to_steer.classifiers.geometric import GeometricClassifier, GeometricSettings  # noqa: E402
@@ -56,6 +55,7 @@ from learn_to_steer.toyworld import models, scenes  # noqa: E402
 from learn_to_steer.toyworld.config import RULE, SAMPLING, STEERING, STEERING_LEARNED, Sampling  # noqa: E402
 from learn_to_steer.toyworld.detector import detect, judge_relations  # noqa: E402
 
+from . import compared  # noqa: E402
 from .table import machine, print_table, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,16 +95,15 @@ class Row:
 
 def classifier_files(backbone: str) -> dict[str, Path]:
     """The learned classifiers by row name: the shipped one, and those that exist for comparison."""
-    compared = ROOT / "dev" / "benchmarks" / "weights"
     return {"learned": SHIPPED / f"toyworld_{backbone}.safetensors",
-            "learned, true captions only": compared / f"{backbone}_true_captions.safetensors",
-            "learned without these objects": compared / f"{backbone}_without_held_out.safetensors"}
+            "learned, true captions only": compared.FOLDER / f"{backbone}_true_captions.safetensors",
+            "learned without these objects": compared.FOLDER / f"{backbone}_without_held_out.safetensors"}
 
 
 @functools.cache
 def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
     """Those of `classifier_files` that are there."""
-    return {name: load_classifier(path) for name, path in classifier_files(backbone).items() if path.is_file()}
+    return {name: compared.load_compared(path) for name, path in classifier_files(backbone).items() if path.is_file()}
 
 
 def rule(backbone: str) -> GeometricClassifier:
@@ -152,7 +151,7 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
         prompts = scenes.two_object_prompts(count, nouns=nouns, featured=scenes.HELD_OUT_NOUNS)
         return rows(("unsteered", "learned", "learned without these objects"), prompts,
                     f"with {', '.join(scenes.HELD_OUT_NOUNS)}")
-    lora = ROOT / "dev" / "benchmarks" / "weights" / f"{backbone}_{LORA_NOUN}_lora.safetensors"
+    lora = compared.FOLDER / f"{backbone}_{LORA_NOUN}_lora.safetensors"
     prompts = scenes.two_object_prompts(count, nouns=(*nouns, LORA_NOUN), featured=(LORA_NOUN,))
     return rows(three, prompts, f"{LORA_NOUN}, by LoRA", lora) + rows(("unsteered",), prompts, f"{LORA_NOUN}, no LoRA")
 
@@ -220,7 +219,7 @@ def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = No
     """
     (model, clip, vae), first = world, before["prompts"] if before else 0
     if row.lora is not None:
-        model, clip = comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(row.lora)), 1.0, 0.0)
+        model, clip = comfy.sd.load_lora_for_models(model, clip, compared.load_lora(row.lora), 1.0, 0.0)
     sums = np.array([before[name] for name in AVERAGES]) * first if before else np.zeros(len(AVERAGES))
     for seed, prompt in enumerate(row.prompts[first:], first):
         graph = build_graph(prompt.text)

@@ -47,3 +47,10 @@ def test_the_papers_stop_probability_can_be_entered(browser_page):
         return [node.type, field.value];
     })""")
     assert sorted(entered) == [["LearnToSteerApply", 0.9999], ["LearnToSteerKSampler", 0.9999]]
+
+
+def test_our_page_extension_is_registered_under_the_packs_name(browser_page):
+    browser_page.open()
+    names = browser_page.page.evaluate("() => app.extensions.map(({ name }) => name)")
+    assert "learntosteer.text" in names
+    assert not [name for name in names if name.startswith("learn-to-steer")]

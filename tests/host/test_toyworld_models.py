@@ -17,15 +17,16 @@ import comfy.sd  # noqa: E402  (the host must be on the path first)
 import latent_preview  # noqa: E402
 from learn_to_steer.classifiers import checkpoint  # noqa: E402
 from learn_to_steer.toyworld import models, text  # noqa: E402
-from learn_to_steer.toyworld.config import FLUX_CONFIG, RULE, SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
+from learn_to_steer.toyworld.config import FLUX_CONFIG, FORMAT, RULE, SAMPLING, UNET_DEVIATION, Sampling  # noqa: E402
 from learn_to_steer.toyworld.detector import detect, judge  # noqa: E402
+from learn_to_steer.toyworld.packing import SUFFIX  # noqa: E402
 from learn_to_steer.toyworld.sampling import sample_latents, sample_pictures  # noqa: E402
 from learn_to_steer.toyworld.scenes import LAYOUTS, Layout, random_scene, relation_parts, two_object_prompts  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
-from dev.toyworld import train  # noqa: E402
+from dev.toyworld import pack, train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +148,44 @@ def test_the_checkpoint_saver_writes_the_model(world: tuple, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", train.MODELS)
 def test_the_shipped_file_is_small_and_says_how_it_was_trained(name: str) -> None:
     path = models.WEIGHTS / f"{name}.safetensors"
-    assert path.stat().st_size <= 12 * 1024 ** 2
+    assert path.stat().st_size <= 6.1e6
     assert models.read_summary(path)["pictures"] > 0
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+def test_a_packed_file_is_half_as_large_and_gives_the_same_model(name: str, tmp_path: Path) -> None:
+    """Every weight within half a step of its row, and what the network computes within two percent."""
+    run = train.Run(name, train.Clock(None, 100), tmp_path, seed=0)
+    run.save()
+    plain, size = models.read_weights(run.export_file, name), run.export_file.stat().st_size
+    with torch.inference_mode():
+        before = models.LOADERS[name](run.export_file)
+    pack.pack_file(run.export_file)
+    assert run.export_file.stat().st_size < 0.56 * size
+    assert models.read_summary(run.export_file)["pictures"] == 0
+    packed = models.read_weights(run.export_file, name)
+    assert {key: (value.dtype, value.shape) for key, value in packed.items()} == \
+           {key: (value.dtype, value.shape) for key, value in plain.items()}
+    for key, value in plain.items():
+        step = value.double().flatten(1).abs().amax(dim=1) / 127 if value.ndim > 1 else torch.zeros(len(value))
+        error = (packed[key].double() - value.double()).abs().view(len(value), -1).amax(dim=1)
+        assert (error <= 0.51 * step + value.double().abs().max() * 2.0 ** -11).all(), key
+    with torch.inference_mode():
+        after = models.LOADERS[name](run.export_file)
+    chosen = {**asdict(SAMPLING[name]), "steps": 2}
+    pictures = [sample_latents(*world[:2], ["a dog above a cat"], [1], **chosen) for world in (before, after)]
+    assert (pictures[1] - pictures[0]).norm() <= 0.02 * pictures[0].norm()
+
+
+def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = load_file(models.WEIGHTS / "unet.safetensors")
+    scales = next(key for key in tensors if key.endswith(SUFFIX))
+    del tensors[scales]
+    save_file(tensors, path, metadata={"format": FORMAT, "model": "unet"})
+    words = f"{path.name} is damaged: {scales.removesuffix(SUFFIX)} has 8-bit numbers.*Install the pack again"
+    with pytest.raises(ValueError, match=words):
+        models.load_unet_world(path)
 
 
 @pytest.mark.parametrize(("content", "error", "message"), [

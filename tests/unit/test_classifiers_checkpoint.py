@@ -179,6 +179,45 @@ def test_own_format_keeps_everything_and_replaces_whole_files(tmp_path):
     assert path.read_bytes() == first
 
 
+def learned(weight: float = 0.5):
+    torch.manual_seed(0)
+    network = RelationNetwork(paper_config("mmdit", d_model=32), CHANNELS, 4)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] = weight
+    return LearnedClassifier(network, RELATIONS[:4], MapLayout(16, "resized", 12, "mmdit"), StepMapping((1, 3), 4), name="x")
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_is_half_as_large_and_computes_in_single(tmp_path, precision):
+    whole, half, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "half", "again"))
+    classifier = learned()
+    save_classifier(whole, classifier)
+    save_classifier(half, classifier, precision)
+    assert {tensor.dtype for tensor in load_file(half).values()} == {precision}
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    back = load_classifier(half)
+    for name, tensor in back.network.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, classifier.network.state_dict()[name].to(precision).float()), name
+    save_classifier(again, back, precision)
+    assert again.read_bytes() == half.read_bytes()
+
+
+def test_weights_beyond_half_precision_are_refused_before_anything_is_written(tmp_path):
+    save_classifier(tmp_path / "whole.safetensors", learned(1e5))
+    with pytest.raises(ClassifierError, match="too large for torch.float16.*single precision"):
+        save_classifier(tmp_path / "half.safetensors", learned(1e5), torch.float16)
+    assert os.listdir(tmp_path) == ["whole.safetensors"]
+
+
+def test_convert_halves_a_file(tmp_path):
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    save_classifier(whole, learned())
+    assert convert([str(whole), str(half), "--half"]) == 0
+    assert {tensor.dtype for tensor in load_file(half).values()} == {torch.float16}
+    assert load_classifier(half).relations == RELATIONS[:4]
+
+
 @pytest.mark.parametrize("name", ["sd2.pth", "x.safetensors"])
 def test_gradients_pass_after_loading_under_inference_mode(tmp_path, name):
     write(tmp_path, published())
