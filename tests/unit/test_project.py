@@ -40,7 +40,7 @@ def test_classifiers_are_ones_that_the_registry_knows(project: dict) -> None:
     classifiers = project["project"]["classifiers"]
     assert "Operating System :: OS Independent" in classifiers
     found = {item.removeprefix("Environment :: ") for item in classifiers if item.startswith("Environment :: ")}
-    assert found and found <= ACCELERATORS
+    assert found <= ACCELERATORS  # none is named before the pack ran on it
 
 
 def test_every_address_is_of_one_repository_and_every_picture_is_there(project: dict) -> None:
