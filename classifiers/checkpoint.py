@@ -42,6 +42,7 @@ _NAMED = 4
 _LONGEST_NAME = 100
 _LONGEST_TABLE = 65536
 _LARGEST_SETTING = 1000
+_LARGEST_MAP = 256
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _learned(entries: Entries, weights: dict[str, Tensor]) -> ClassifierFile:
 
 
 def _layout(entries: Entries) -> MapLayout:
-    return MapLayout(size=entries.whole("size", 1, _LONGEST_TABLE, default=MapLayout.size),
+    return MapLayout(size=entries.whole("size", 1, _LARGEST_MAP, default=MapLayout.size),
                      normalise=entries.text("normalise", default=MapLayout.normalise),
                      channels=entries.whole("channels", 1, _LONGEST_TABLE, default=None),
                      backbone=entries.text("backbone", default=None),
@@ -196,7 +197,7 @@ def _geometric(entries: Entries, weights: Mapping[str, Tensor], name: str) -> Ge
         raise FileFault(f"the settings {_some(unknown)} are unknown")
     numbers = {name: settings.number(name, 0, _LARGEST_SETTING) for name in settings.values}
     classifier = GeometricClassifier(
-        GeometricSettings(**numbers), layout.size, weights[WEIGHTS].clone(), name=name, backbone=layout.backbone,
+        GeometricSettings(**numbers), layout.size, weights[WEIGHTS], name=name, backbone=layout.backbone,
         training=dict(entries.group("training").values), licence=entries.text("licence"))
     if classifier.layout.channels != layout.channels:
         raise ClassifierError(f"its metadata says {layout.channels} channels, it has weights for "

@@ -48,7 +48,8 @@ def _fields(path: Path, checkpoint: Checkpoint, backbone: str | None, relations:
     if not isinstance(found, dict) or not isinstance(found.get("model_state_dict"), dict):
         raise ClassifierError("this is not a relation classifier: a published checkpoint is a dict with the entries "
                               "model_state_dict, config and rel_name_to_idx. Choose another file.")
-    content = checkpoint.plain({name: found[name] for name in _ENTRIES if name in found})
+    content = checkpoint.plain({name: found[name] for name in _ENTRIES if name in found
+                                and (name not in _MODEL_KEYS or isinstance(found[name], str))})
     training = content.get("training_config")
     training = {} if training is None else training
     if not isinstance(training, dict):

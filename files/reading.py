@@ -17,7 +17,8 @@ from .faults import FileFault, reason
 LARGEST_DOCUMENT = 2 ** 23
 MOST_VALUES = 200_000
 DEEPEST = 64
-LARGEST_ITEM = 2 ** 20
+LARGEST_ITEM = 2 ** 18
+"""Of a list or object that is read piece by piece: GQA's scene graphs have 6 kB."""
 LARGEST_HEADER = 2 ** 20
 _CHUNK = 2 ** 16
 # A text without its closing quote matches too: trying again from each quote in it would take quadratic time.

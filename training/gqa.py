@@ -21,6 +21,7 @@ from .storage import TrainingError, faults_of
 
 LICENCE = "annotations: GQA, CC BY 4.0; pictures: Visual Genome, each under its own terms"
 SUFFIXES = (".jpg", ".jpeg", ".png")
+LARGEST_WORD_LIST = 2 ** 19
 MOST_BROADER = 500
 """Broader kinds of one word, also through a chain."""
 Broader = Callable[[str], frozenset[str]]
@@ -43,7 +44,8 @@ def read_gqa(scene_graphs: Path, pictures: Path, size: int, quota: Quota, is_a: 
                 labels.extend(_labels(str(image), Entries(graph), broader, skipped))
             except FileFault as error:
                 name = image if re.fullmatch(r"n?\d{1,12}", str(image)) else f"number {number}"
-                raise TrainingError(f"{scene_graphs.name}, image {name}: not in GQA's form ({error}).") from error
+                detail = f" ({error})" if labels else ""  # with graphs in GQA's form before it, it is no other file
+                raise TrainingError(f"{scene_graphs.name}, image {name}: not in GQA's form{detail}.") from error
     if not labels:
         raise TrainingError(f"{scene_graphs} has no usable spatial relation ({dict(skipped)}).")
     paths = {path.stem: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
@@ -52,9 +54,9 @@ def read_gqa(scene_graphs: Path, pictures: Path, size: int, quota: Quota, is_a: 
 
 def read_word_list(path: Path) -> Broader:
     """All broader kinds of a word, also through a chain; lines "kind, broader kind", # begins a remark."""
-    parents = defaultdict(set)
+    parents: dict[str, list[str]] = {}
     with faults_of(path, "The word list must be a text in UTF-8."):
-        lines = read_text(path).splitlines()
+        lines = read_text(path, LARGEST_WORD_LIST).splitlines()
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
         if not line:
@@ -63,7 +65,7 @@ def read_word_list(path: Path) -> Broader:
         if not (child and comma and parent):
             raise TrainingError(f"{path}, line {number}: not in the form \"kind, broader kind\". Choose a word list, or mend "
                                 "that line.")
-        parents[child].add(parent)
+        parents.setdefault(child, []).append(parent)
 
     @lru_cache(maxsize=4096)
     def broader(word: str) -> frozenset[str]:

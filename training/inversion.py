@@ -6,6 +6,7 @@ of the host under its own CFGGuider with guidance 1, so loading, conditioning, h
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -52,6 +53,8 @@ class InversionSettings:
                                 f"{self.steps - 1}). Give others.")
         if self.iterations < 1 or not (0 <= self.gamma <= 1 and 0 <= self.eta <= 1):
             raise TrainingError("iterations must be 1 or more, gamma and eta from 0 to 1.")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.least_psnr)):
+            raise TrainingError("guidance and least_psnr must be finite numbers.")
 
     @staticmethod
     def for_backbone(backbone: str, steps: int = 50, **changes) -> InversionSettings:

@@ -208,14 +208,15 @@ def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str
         place = f"{table.name}, row {number}"
         label, path = _read_row(row, place, root)
         labels[label] = None
-        if path.is_file():
+        if path is not None:
             paths[label.picture] = path
     if not labels:
         raise TrainingError(f"{table} has no rows.")
     return LabelledPictures(_single(labels, table), paths, size, quota, "folder", licence)
 
 
-def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path]:
+def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path | None]:
+    """The label, and its picture's file where that is there."""
     for name in (*COLUMNS, "split"):
         if not isinstance(row.get(name), (str, type(None))):
             raise TrainingError(f"{place}: {name} is {shown(row[name])}, but must be a text.")
@@ -227,6 +228,7 @@ def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path]:
         raise TrainingError(f"{place}: split is {shown(values['split'])}, but must be one of {', '.join(SPLITS)}, or empty.")
     try:
         path = (root / values["file"]).resolve()
+        there = path.is_file()
     except (OSError, ValueError, RuntimeError):
         raise TrainingError(f"{place}: {shown(values['file'])} is not the name of a file.") from None
     if not path.is_relative_to(root):
@@ -235,7 +237,7 @@ def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path]:
         raise TrainingError(f"{place}: {shown(numbered)} cannot be found in a caption. Name the object in words alone.")
     picture = path.relative_to(root).as_posix()  # one name for a file, however the table writes it
     return Label(picture, values["subject"], _one_relation(values["relation"], place), values["object"],
-                 values["split"] or None), path
+                 values["split"] or None), path if there else None
 
 
 def _single(labels: Iterable[Label], table: Path) -> list[Label]:

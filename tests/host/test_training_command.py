@@ -31,6 +31,14 @@ def test_build_and_train(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = saved.read_bytes()
     assert command.main(training) == 0  # there is nothing left to do
     assert saved.read_bytes() == before
+    saved.write_bytes(b"precious")
+    assert command.main(training) == 1  # before anything is trained
+    assert "mine.safetensors is there already. Choose another name, or add --overwrite" in capsys.readouterr().err
+    assert saved.read_bytes() == b"precious"
+    assert command.main([*training, "--overwrite"]) == 0
+    assert saved.read_bytes() == before
+    assert command.main(["calibrate", str(data), "--save", str(saved)]) == 1
+    assert "is there already" in capsys.readouterr().err and saved.read_bytes() == before
     assert command.main(["calibrate", str(data), "--save", str(tmp_path / "rule.safetensors")]) == 1
     assert "No channel is right more often than chance on 4 pictures" in capsys.readouterr().err
     assert command.main([*training, "--seed", "1"]) == 1
@@ -57,6 +65,13 @@ def test_a_file_that_the_loader_would_not_list_is_refused(tmp_path: Path, capsys
     with pytest.raises(SystemExit):
         command.main(["train", str(tmp_path), "--data", str(tmp_path), "--save", "mine.pth"])
     assert "'mine.pth' must end in .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nul", "x" * 250])
+def test_a_name_that_some_system_cannot_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["calibrate", str(tmp_path), "--save", str(tmp_path / f"{name}.safetensors")])
+    assert "too long" in (message := capsys.readouterr().err) or "Windows" in message
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -114,6 +114,9 @@ def test_progress_and_an_interrupt_in_the_midst_of_training(world: tuple, folder
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"name": "../elsewhere"}, "input 'name'.*no plain name"),
+    ({"name": "con"}, "input 'name'.*Windows keeps for itself"), ({"name": "x" * 256}, "input 'name'.*is too long"),
+    ({"source": nodes.SOURCES[3], "pictures": "x" * 5000}, "input 'pictures': there is no"),
+    ({"source": nodes.SOURCES[3], "pictures": "a\0b"}, "input 'pictures': there is no"),
     ({"source": nodes.SOURCES[2]}, "input 'pictures'.*needs a path"),
     ({"source": nodes.SOURCES[3], "pictures": "nowhere"}, "input 'pictures': there is no"),
 ])
@@ -128,6 +131,34 @@ def test_the_small_worlds_pictures_are_for_its_own_models(world: tuple, folders:
     for source in nodes.SOURCES[:2]:
         with pytest.raises(ValueError, match="source: the small world's pictures are for its own models"):
             build((another, *world[1:]), source=source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_named_by_its_input(value: float) -> None:
+    """JSON lets NaN pass, and so does the host's check of a widget's limits."""
+    with pytest.raises(ValueError, match="input 'learning_rate': (nan|inf) is not a number"):
+        train(None, learning_rate=value)
+    steering, attention = (importlib.import_module(f"learn_to_steer.nodes.{name}") for name in ("steering", "attention"))
+    settings = {"start_percent": 0.0, "end_percent": 0.5, "step_size": 2.5, "max_updates": 3, "stop_probability": 0.9,
+                "update_rule": "normalised", "relations_per_update": "all", "save_memory": False, "compactness": 6.0}
+    for name in [name for name, default in settings.items() if isinstance(default, float)]:
+        with pytest.raises(ValueError, match=f"input '{name}': (nan|inf) is not a number"):
+            steering.ApplySpatialSteering.execute(None, None, None, **{**settings, name: value})
+    with pytest.raises(ValueError, match="input 'strength'"):
+        attention.AttentionOverlay.execute(None, "", value)
+    with pytest.raises(ValueError, match="input 'end_percent'"):
+        attention.AttentionCapture.execute(None, "dog", 0.0, value, 16, "", False)
+    relations = importlib.import_module("learn_to_steer.nodes.relations")
+    with pytest.raises(ValueError, match="has the weight (nan|inf)"):
+        relations.SpatialRelationNode.execute("dog", "above", "cat", value)
+
+
+def test_the_only_relation_with_weight_0_is_said_to_steer_nothing(world: tuple) -> None:
+    graph = importlib.import_module("learn_to_steer.nodes.relations").MultiRelationGraph
+    with pytest.raises(ValueError, match="input 'relations': every relation has the weight 0, so nothing would be steered"):
+        graph.execute(world[1], "a dog above a cat", "dog | above | cat | 0")
+    for lines, allowed in (("dog | above | cat | 0", True), ("dog | above | cat | 0\ncat | below | dog", False)):
+        assert graph.execute(world[1], "a dog above a cat", lines, allow_no_relation=allowed).args[0].relations
 
 
 def test_no_epoch_is_an_error(world: tuple, folders: Path) -> None:

@@ -1,6 +1,8 @@
 """Reads files, each in a process of its own, and prints as JSON lines what came of it, the CPU seconds and the memory.
 
-    python measured.py classifier|gqa|table|words|dataset FILE...
+    python measured.py LIST
+
+LIST: a JSON file of pairs: classifier, gqa, table, words or dataset, and the file to read as that.
 """
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def readers() -> dict[str, Callable[[Path], object]]:
 
 
 def resident() -> int:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -56,7 +58,9 @@ def read_apart(read: Callable[[Path], object], path: Path, before: Callable[[], 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     importlib.import_module("dev")  # registers the pack
-    chosen = readers()[sys.argv[1]]
-    shipped = next((Path(__file__).resolve().parents[2] / "classifiers" / "weights").glob("*unet*.safetensors"))
-    for word in sys.argv[2:]:
-        print(json.dumps(read_apart(chosen, Path(word), lambda: readers()["classifier"](shipped))), flush=True)
+    shipped = Path(__file__).resolve().parents[2] / "classifiers" / "weights"
+    known = readers()
+    known["classifier"](shipped / "toyworld_unet.safetensors")
+    for kind, file in json.loads(Path(sys.argv[1]).read_text()):
+        found = read_apart(known[kind], Path(file), lambda: known["classifier"](shipped / "toyworld_flux_geometric.safetensors"))
+        print(json.dumps(found), flush=True)

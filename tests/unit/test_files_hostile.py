@@ -167,32 +167,6 @@ HOSTILE = {
 }
 
 
-def measure(kind: str, paths: list[Path]) -> dict[str, dict]:
-    command = [sys.executable, str(Path(__file__).with_name("measured.py")), kind, *map(str, paths)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    return {found["file"]: found for found in map(json.loads, result.stdout.splitlines())}
-
-
-def check(found: dict, path: Path, error: str) -> None:
-    assert found["signal"] == 0, found
-    assert found["result"].startswith(f"{error}: ") and path.name in found["result"], found
-    assert found["seconds"] < SECONDS and found["bytes"] < FACTOR * path.stat().st_size + ALLOWANCE, found
-
-
-@pytest.fixture(scope="module")
-def pickled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("hostile")
-    for name, write in HOSTILE.items():
-        write(folder / f"{name}.pth")
-    return folder, measure("classifier", sorted(folder.iterdir()))
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused(pickled: tuple[Path, dict], name: str) -> None:
-    folder, found = pickled
-    check(found[f"{name}.pth"], folder / f"{name}.pth", "ClassifierError")
-
-
 def with_header(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + body
 
@@ -217,33 +191,6 @@ OWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("own")
-    for name, content in OWN.items():
-        (folder / f"{name}.safetensors").write_bytes(content)
-    return folder, measure("classifier", sorted(folder.iterdir()))
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_a_hostile_safetensors_file_is_refused(own: tuple[Path, dict], name: str) -> None:
-    folder, found = own
-    check(found[f"{name}.safetensors"], folder / f"{name}.safetensors", "ClassifierError")
-
-
-def test_honest_files_take_no_more_either(tmp_path: Path) -> None:
-    """Also such as hold half-precision numbers, which become float32."""
-    config = paper_config("mmdit", d_model=512)
-    network = RelationNetwork(config, 1368, 4)
-    for name, weights in (("whole", network.state_dict()), ("half", network.half().state_dict())):
-        torch.save(published(model_state_dict=weights, config=config.to_dict(), input_channels=1368), tmp_path / f"{name}.pth")
-    save_classifier(tmp_path / "own.safetensors", load_classifier(tmp_path / "whole.pth"))
-    for name, found in measure("classifier", sorted(tmp_path.iterdir())).items():
-        assert found["result"] == "read: LearnedClassifier", found
-        assert (tmp_path / name).stat().st_size > 20_000_000
-        assert found["seconds"] < SECONDS and found["bytes"] < FACTOR * (tmp_path / name).stat().st_size + ALLOWANCE, found
-
-
 GRAPH = {"objects": {"1": {"name": "dog", "x": 1, "y": 1, "w": 5, "h": 5, "relations": [{"name": "above", "object": "2"}]},
                      "2": {"name": "cat", "x": 1, "y": 9, "w": 5, "h": 5, "relations": []}}}
 JSON = {
@@ -256,33 +203,88 @@ JSON = {
 }
 
 
-@pytest.mark.parametrize(("kind", "name"), [("gqa", "graphs.json"), ("table", "table.json"), ("dataset", "manifest.json")])
-def test_hostile_json_is_refused(tmp_path: Path, kind: str, name: str) -> None:
-    paths = []
-    for place, content in JSON.items():
-        path = tmp_path / place / name
-        path.parent.mkdir()
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        paths.append(path)
-    command = [sys.executable, str(Path(__file__).with_name("measured.py")), kind, *map(str, paths)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    for path, found in zip(paths, map(json.loads, result.stdout.splitlines()), strict=True):
-        check(found, path if kind != "dataset" else path.parent, "TrainingError")
+DOCUMENTS = {"gqa": "graphs.json", "table": "table.json", "dataset": "manifest.json"}
 
 
-def test_a_large_scene_graph_file_is_not_held_in_memory(tmp_path: Path) -> None:
-    """GQA's own has 400 MB."""
+def honest(folder: Path) -> list[tuple[str, Path]]:
+    """Valid files of more than 20 MB; half-precision numbers become float32."""
+    config = paper_config("mmdit", d_model=512)
+    network = RelationNetwork(config, 1368, 4)
+    for name, weights in (("whole", network.state_dict()), ("half", network.half().state_dict())):
+        torch.save(published(model_state_dict=weights, config=config.to_dict(), input_channels=1368), folder / f"{name}.pth")
+    save_classifier(folder / "own.safetensors", load_classifier(folder / "whole.pth"))
+    return [("classifier", folder / name) for name in ("whole.pth", "half.pth", "own.safetensors")]
+
+
+def scene_graphs(path: Path) -> None:
+    """GQA's own file has 400 MB."""
     skipped = {**GRAPH, "objects": {**GRAPH["objects"], "3": {**GRAPH["objects"]["2"], "name": "dog"}}, "location": "x" * 2000}
-    with open(tmp_path / "graphs.json", "w") as file:
+    with open(path, "w") as file:
         file.write("{" + ",".join(f'"{number}": {json.dumps(skipped)}' for number in range(10_000)))
         file.write(f', "last": {json.dumps(GRAPH)}}}')
-    found = measure("gqa", [tmp_path / "graphs.json"])["graphs.json"]
-    assert (tmp_path / "graphs.json").stat().st_size > 20_000_000
-    assert found["result"] == "read: tuple" and found["bytes"] < 10_000_000, found
 
 
-@pytest.mark.parametrize("chained", [True, False])
-def test_a_word_list_of_endless_chains_is_refused(tmp_path: Path, chained: bool) -> None:
-    lines = "\n".join(f"a{number}, a{number + 1}" if chained else f"a0, b{number}" for number in range(100_000))
-    (tmp_path / "words.txt").write_text(lines)
-    check(measure("words", [tmp_path / "words.txt"])["words.txt"], tmp_path / "words.txt", "TrainingError")
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What came of each file, by its path in the folder; all are read by one process, which forks."""
+    folder = tmp_path_factory.mktemp("files")
+    files: list[tuple[str, Path]] = honest(folder)
+    for name, write in HOSTILE.items():
+        files.append(("classifier", folder / f"{name}.pth"))
+        write(files[-1][1])
+    for name, content in OWN.items():
+        files.append(("classifier", folder / f"{name}.safetensors"))
+        files[-1][1].write_bytes(content)
+    for place, content in JSON.items():
+        (folder / place).mkdir()
+        for kind, name in DOCUMENTS.items():
+            files.append((kind, folder / place / name))
+            files[-1][1].write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "chain.txt").write_text("\n".join(f"a{number}, a{number + 1}" for number in range(30_000)))
+    (folder / "star.txt").write_text("\n".join(f"a0, b{number}" for number in range(40_000)))
+    (folder / "long.txt").write_text("a0, b\n" * 1_000_000)
+    files += [("words", folder / f"{name}.txt") for name in ("chain", "star", "long")]
+    files.append(("gqa", folder / "large.json"))
+    scene_graphs(files[-1][1])
+    (folder / "list").write_text(json.dumps([(kind, str(path)) for kind, path in files]))
+    command = [sys.executable, str(Path(__file__).with_name("measured.py")), str(folder / "list")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    return {path.relative_to(folder).as_posix(): {**json.loads(line), "size": path.stat().st_size}
+            for (_, path), line in zip(files, result.stdout.splitlines(), strict=True)}
+
+
+def check_measured(found: dict) -> None:
+    assert found["signal"] == 0, found
+    assert found["seconds"] < SECONDS and found["bytes"] < FACTOR * found["size"] + ALLOWANCE, found
+
+
+def check_refused(found: dict, error: str, name: str) -> None:
+    check_measured(found)
+    assert found["result"].startswith(f"{error}: ") and name in found["result"], found
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.pth" for name in HOSTILE), *(f"{name}.safetensors" for name in OWN)])
+def test_a_hostile_classifier_file_is_refused(found: dict, name: str) -> None:
+    check_refused(found[name], "ClassifierError", name)
+
+
+@pytest.mark.parametrize("place", JSON)
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_hostile_json_is_refused(found: dict, kind: str, place: str) -> None:
+    check_refused(found[f"{place}/{DOCUMENTS[kind]}"], "TrainingError", place)
+
+
+@pytest.mark.parametrize("name", ["chain.txt", "star.txt", "long.txt"])
+def test_a_word_list_of_endless_chains_is_refused(found: dict, name: str) -> None:
+    check_refused(found[name], "TrainingError", name)
+
+
+@pytest.mark.parametrize("name", ["whole.pth", "half.pth", "own.safetensors"])
+def test_honest_files_take_no_more_either(found: dict, name: str) -> None:
+    assert found[name]["result"] == "read: LearnedClassifier" and found[name]["size"] > 20_000_000, found[name]
+    check_measured(found[name])
+
+
+def test_a_large_scene_graph_file_is_not_held_in_memory(found: dict) -> None:
+    assert found["large.json"]["result"] == "read: tuple" and found["large.json"]["size"] > 20_000_000
+    assert found["large.json"]["bytes"] < 10_000_000, found["large.json"]
