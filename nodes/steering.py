@@ -55,8 +55,8 @@ class SpatialSteeringKSampler(io.ComfyNode):
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Classifier-free guidance scale. Steering itself does not use it."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="ddim",
-                               tooltip="The sampling algorithm. Samplers that choose their own noise levels, such as dpm_fast and "
-                                       "dpm_adaptive, cannot be steered."),
+                               tooltip="The sampling algorithm. Samplers that choose their own noise levels, such as dpm_fast "
+                                       "and dpm_adaptive, cannot be steered."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
                                tooltip="The noise level of each step."),
                 io.Conditioning.Input("positive", tooltip="The 'positive' output of \"Multi-Relation Graph\", or of "

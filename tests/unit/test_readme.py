@@ -78,3 +78,8 @@ def test_links_lead_to_files_of_the_repository(document):
 def test_the_readme_leads_to_every_document():
     text = README.read_text(encoding="utf-8")
     assert all(f"](docs/{path.name})" in text for path in (README.parent / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("document", [README, MEASUREMENTS], ids=lambda path: path.name)
+def test_no_document_grades_itself(document):
+    assert not re.search(r"\bgoals?\b|\breached\b|\bmissed\b", document.read_text(encoding="utf-8"), re.IGNORECASE)
