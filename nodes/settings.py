@@ -44,8 +44,8 @@ def settings_inputs() -> list[io.Input]:
         io.Combo.Input("method", options=list(METHODS), default=OWN, optional=True,
                        tooltip="as in the paper: for the classifiers published with it. The settings above then count only where "
                                "they switch steering off; save_memory always counts. The paper: raw gradient, step size 5 "
-                               "(Stable Diffusion 1.x: 7.5), up to 16 updates, one relation at a time, loss targets 0.00001 to 0.00007, "
-                               "no compactness, first half of the schedule (FLUX.1-schnell: first quarter)."),
+                               "(Stable Diffusion 1.x: 7.5), up to 16 updates, one relation at a time, loss targets 0.00001 "
+                               "to 0.00007, no compactness, first half of the schedule (FLUX.1-schnell: first quarter)."),
     ]
 
 
