@@ -1,4 +1,4 @@
-"""Nodes that record cross-attention and show it."""
+"""Nodes that record cross-attention and show it as heat maps."""
 from __future__ import annotations
 
 import torch
@@ -23,25 +23,25 @@ class AttentionCapture(io.ComfyNode):
                         "picture stays the same bit for bit. Read the result with \"Attention Maps\".",
             search_aliases=["cross attention", "DAAM", "heat map"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to watch. SD1.x, SD2.x, SDXL and FLUX are supported."),
+                io.Model.Input("model", tooltip="The model to record. SD1.x, SD2.x, SDXL and FLUX.1 are supported."),
                 io.String.Input("words", default="", tooltip="Words or phrases of the prompt, separated by commas: dog, "
                                 "teddy bear. Empty: the objects of the graph."),
-                Graph.Input("graph", optional=True, tooltip="Optional: its objects are watched too."),
+                Graph.Input("graph", optional=True, tooltip="Optional: its objects are recorded too."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="First part of the schedule to record."),
+                               tooltip="Where recording begins, as a fraction of the denoising schedule."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                               tooltip="Where recording ends."),
+                               tooltip="Where recording ends, as a fraction of the denoising schedule."),
                 io.Int.Input("resolution", default=32, min=4, max=128, advanced=True,
                              tooltip="Longer side of the recorded maps, in cells."),
                 io.String.Input("layers", default="", advanced=True, tooltip="Record only layers whose name contains one "
                                 "of these words, separated by commas (input, middle, output.5, double, single). Empty: "
                                 "all."),
-                io.Boolean.Input("keep_heads", default=False, advanced=True, tooltip="Keep every layer and head beside "
-                                 "their average. Needs much more memory."),
+                io.Boolean.Input("keep_heads", default=False, advanced=True, tooltip="Keep the maps of every layer and "
+                                 "head as well as their average. Needs much more memory."),
             ],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The watched model, for any sampler."),
-                RunLog.Output("capture", display_name="capture", tooltip="Goes into \"Attention Maps\" behind the sampler."),
+                io.Model.Output("model", display_name="model", tooltip="The model with recording, for any sampler."),
+                RunLog.Output("capture", display_name="capture", tooltip="For \"Attention Maps\", behind the sampler."),
             ],
         )
 
@@ -68,11 +68,11 @@ class AttentionMapsNode(io.ComfyNode):
             node_id="LearnToSteerMaps",
             display_name="Attention Maps",
             category=CATEGORY,
-            description="The maps that \"Attention Capture\" recorded for this very latent.",
+            description="Gives the maps that \"Attention Capture\" recorded while this latent was sampled.",
             inputs=[
                 RunLog.Input("capture", tooltip="From \"Attention Capture\"."),
-                io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the watched model; it tells "
-                                "which run is meant."),
+                io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the recorded model. It "
+                                "identifies the run."),
             ],
             outputs=[
                 maps_output(),
@@ -93,18 +93,18 @@ class AttentionOverlay(io.ComfyNode):
             node_id="LearnToSteerOverlay",
             display_name="Attention Overlay",
             category=CATEGORY,
-            description="Heat maps of the watched words, on the picture or alone: one panel per word.",
+            description="Heat maps of the recorded words, on the picture or alone, one panel per word.",
             search_aliases=["heat map", "attention map"],
             inputs=[
                 Maps.Input("maps", tooltip="From \"Attention Maps\" or a steering sampler."),
                 io.Image.Input("image", optional=True, tooltip="The decoded picture of the same run. Without it the heat "
-                               "maps stand alone; without maps it is shown with a line that says why."),
+                               "maps stand alone. If there are no maps, it is shown with a line that says why."),
                 io.Combo.Input("steps", options=["average", "each step", "last step"], default="average",
-                               tooltip="One picture of the average over the recorded steps, one per step, or the last."),
+                               tooltip="The average over the recorded steps, one picture per step, or the last step."),
                 io.Float.Input("strength", default=0.6, min=0.0, max=1.0, step=0.05, advanced=True,
-                               tooltip="How strongly the heat map covers the picture."),
+                               tooltip="Opacity of the heat map over the picture."),
             ],
-            outputs=[io.Image.Output("overlay", display_name="overlay", tooltip="One picture per batch entry and step.")],
+            outputs=[io.Image.Output("overlay", display_name="overlay", tooltip="One image per picture of the batch and step.")],
             is_output_node=True,
         )
 

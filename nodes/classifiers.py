@@ -42,16 +42,16 @@ class RelationClassifierLoader(io.ComfyNode):
             node_id="LearnToSteerClassifierLoader",
             display_name="Relation Classifier Loader",
             category=CATEGORY,
-            description="Loads what judges relations from attention maps: the built-in geometric rule, which works with "
-                        "every model that can be steered, or a classifier trained for one model (models/relation_classifiers).",
+            description="Loads the classifier that judges relations from attention maps: the built-in geometric one, which works "
+                        "with every supported model, or one trained for one model (models/relation_classifiers).",
             inputs=[io.Combo.Input("classifier_name", options=[GEOMETRIC, *shipped(), *files], default=GEOMETRIC,
-                                   tooltip="The geometric rule needs no file. Files (.safetensors, or published .pth) go "
-                                           "into models/relation_classifiers; they fit the model that they were trained "
-                                           "on."),
+                                   tooltip="The geometric classifier needs no file. Files (.safetensors, or published .pth) "
+                                           "go into models/relation_classifiers. Each fits only the model that it was "
+                                           "trained on."),
                     io.Combo.Input("backbone", options=[FROM_FILE, *BACKBONES], default=FROM_FILE, optional=True, advanced=True,
                                    tooltip="The kind of model that the classifier was trained on: unet (Stable Diffusion) or "
-                                           "mmdit (FLUX). Published files often do not say it, and then it is guessed; choose "
-                                           "it here where the guess is wrong. The geometric rule works with both.")],
+                                           "mmdit (FLUX). Published files often do not say it; the loader then guesses. Choose "
+                                           "it here if the guess is wrong. The geometric classifier works with both.")],
             outputs=[Classifier.Output("classifier", display_name="classifier", tooltip="For the steering nodes.")],
         )
 

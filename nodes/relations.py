@@ -1,4 +1,4 @@
-"""Nodes that say what should be where."""
+"""Nodes that turn a prompt into conditioning and spatial relations."""
 from __future__ import annotations
 
 from comfy_api.latest import io, ui
@@ -21,15 +21,16 @@ class SpatialRelationNode(io.ComfyNode):
             category=CATEGORY,
             description="One relation between two objects of the prompt, for the list of \"Multi-Relation Graph\".",
             inputs=[
-                io.String.Input("subject", default="dog", tooltip="The object that should stand somewhere, in the words "
-                                "of the prompt. \"dog#2\" is the second dog of the prompt."),
+                io.String.Input("subject", default="dog", tooltip="The object to place, in the words of the prompt. "
+                                "\"dog#2\" is the second dog of the prompt."),
                 io.Combo.Input("relation", options=[*RELATIONS, *DIAGONALS], tooltip="Where the subject should be, seen "
-                               "from the other object."),
-                io.String.Input("object", default="cat", tooltip="The other object, in the words of the prompt."),
+                               "from the object."),
+                io.String.Input("object", default="cat", tooltip="The object that the relation is seen from, in the "
+                                "words of the prompt."),
                 io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, advanced=True,
-                               tooltip="How much this relation counts beside the others. 0 switches it off."),
+                               tooltip="Importance among several relations. 0 switches this one off."),
             ],
-            outputs=[Relation.Output("relation", display_name="relation", tooltip="Goes into \"Multi-Relation Graph\".")],
+            outputs=[Relation.Output("relation", display_name="relation", tooltip="For \"Multi-Relation Graph\".")],
         )
 
     @classmethod
@@ -44,26 +45,26 @@ class MultiRelationGraph(io.ComfyNode):
             node_id="LearnToSteerGraph",
             display_name="Multi-Relation Graph",
             category=CATEGORY,
-            description="Reads spatial relations from the prompt (or takes them as explicit lines or inputs), encodes the "
-                        "prompt, and hands both on, so that what is steered is what was encoded.",
+            description="Reads spatial relations from the prompt, or takes them as lines or inputs, and encodes the prompt. Both "
+                        "outputs come from the same text, so the steered words are the encoded ones.",
             search_aliases=["spatial prompt", "left of", "relations", "learn to steer"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model, as for CLIP Text Encode."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True,
                                 default="a photo of a dog to the right of a teddy bear",
-                                tooltip="The prompt. Relations such as \"to the left of\", \"above\", \"under\" are read "
-                                        "from it unless you give some below. After a run the node shows what was understood "
-                                        "and what was not."),
+                                tooltip="The prompt. Relations such as \"to the left of\", \"above\" and \"under\" are read "
+                                        "from it unless you give some below. After a run the node shows what was "
+                                        "understood and what was not."),
                 io.String.Input("relations", multiline=True, default="", optional=True,
-                                tooltip="Optional, one a line: dog | to the right of | teddy bear. A fourth field is a "
-                                        "weight. They replace what is read from the prompt; with an empty prompt they "
-                                        "also write it."),
+                                tooltip="Optional, one per line: dog | to the right of | teddy bear. A fourth field is a "
+                                        "weight. The lines replace what would be read from the prompt. If the prompt is "
+                                        "empty, it is written from them."),
                 io.Boolean.Input("allow_no_relation", default=False, optional=True, advanced=True,
-                                 tooltip="Accept a prompt in which no relation is found: nothing is steered then. Off: it "
-                                         "is an error that quotes what was not understood, so that a misspelt relation is "
+                                 tooltip="Accept a prompt without a relation; nothing is steered then. Off: such a prompt "
+                                         "is an error that quotes what was not understood, so a misspelt relation is "
                                          "noticed."),
-                io.Autogrow.Input("relation_list", optional=True, tooltip="Optional list of \"Spatial Relation\" nodes; it "
-                                  "grows as you connect them.",
+                io.Autogrow.Input("relation_list", optional=True, tooltip="Optional list of \"Spatial Relation\" nodes. It "
+                                  "grows as you connect them. They replace what would be read from the prompt.",
                                   template=io.Autogrow.TemplatePrefix(
                                       Relation.Input("relation", tooltip="One relation, from \"Spatial Relation\"."),
                                       prefix="relation_", min=0, max=12)),
@@ -71,7 +72,7 @@ class MultiRelationGraph(io.ComfyNode):
             outputs=[
                 Graph.Output("graph", display_name="graph", tooltip="The relations, for the steering nodes."),
                 io.Conditioning.Output("positive", display_name="positive",
-                                       tooltip="The encoded prompt; it knows where each word's tokens are."),
+                                       tooltip="The encoded prompt, with the positions of each word's tokens."),
                 io.String.Output("text", display_name="prompt", tooltip="The prompt, for other encoders or file names."),
             ],
             is_output_node=True,
@@ -124,8 +125,8 @@ class SteerableTextEncode(io.ComfyNode):
             node_id="LearnToSteerTextEncode",
             display_name="Text Encode (Steerable)",
             category=CATEGORY,
-            description="CLIP Text Encode whose conditioning also says where each word's tokens are, so that its "
-                        "cross-attention can be captured or steered.",
+            description="CLIP Text Encode whose conditioning also carries the positions of each word's tokens, so that the "
+                        "words' attention can be recorded or steered.",
             search_aliases=["CLIPTextEncode", "prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model."),

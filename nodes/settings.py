@@ -1,4 +1,4 @@
-"""The inputs that say how to steer, which several nodes share."""
+"""The steering settings as node inputs, shared by the steering nodes."""
 from __future__ import annotations
 
 from comfy import supported_models
@@ -14,37 +14,38 @@ OWN, PAPER = METHODS = ("settings of this node", "as in the paper")
 def settings_inputs() -> list[io.Input]:
     return [
         io.Float.Input("start_percent", default=DEFAULTS.start, min=0.0, max=1.0, step=0.01,
-                       tooltip="Where steering begins, as a fraction of the whole denoising schedule; img2img at denoise "
-                               "0.6 runs from 0.4 on."),
+                       tooltip="Where steering begins, as a fraction of the whole denoising schedule. img2img at denoise 0.6 "
+                               "begins at 0.4."),
         io.Float.Input("end_percent", default=DEFAULTS.end, min=0.0, max=1.0, step=0.01,
-                       tooltip="Where steering ends. Layout is decided early: the first half is enough."),
+                       tooltip="Where steering ends, as a fraction of the whole denoising schedule. Layout is decided early: the "
+                               "first half is enough."),
         io.Float.Input("step_size", default=DEFAULTS.step_size, min=0.0, max=100.0, step=0.05,
-                       tooltip="Length of an update: percent of the latent's own (normalised), or the factor on the gradient "
+                       tooltip="Length of an update: in percent of the latent's norm (normalised), or the factor on the gradient "
                                "(raw gradient). 0 switches steering off."),
         io.Int.Input("max_updates", default=DEFAULTS.max_updates, min=0, max=100,
-                     tooltip="Updates per denoising step at most. 0 switches steering off."),
+                     tooltip="Updates per denoising step, at most. 0 switches steering off."),
         io.Float.Input("stop_probability", default=DEFAULTS.stop_probability, min=0.0, max=1.0, step=0.0001,
-                       tooltip="A denoising step needs no further update once the classifier gives every relation this "
-                               "probability and (unless compactness is 0) each object's attention lies in one place."),
+                       tooltip="Updates of a denoising step end once the classifier gives every relation this probability and, "
+                               "unless compactness is 0, each object's attention lies in one place."),
         io.Combo.Input("update_rule", options=list(UPDATE_RULES), default=DEFAULTS.update_rule, advanced=True,
                        tooltip="normalised: every update has the same length. raw gradient: an update is step_size times the "
                                "gradient, as in the paper."),
         io.Combo.Input("relations_per_update", options=list(RELATIONS_PER_UPDATE), default=DEFAULTS.relations_per_update,
                        advanced=True,
                        tooltip="all: an update follows the weighted mean of all relations. one: the relations take turns, as in "
-                               "the paper: each denoising step begins with the first one and ends once the relation whose turn "
-                               "it is has reached its target. Needs at least as many max_updates as there are relations."),
+                               "the paper. Each denoising step then begins with the first relation and ends once the relation "
+                               "whose turn it is has reached its target. Set max_updates to at least the number of relations."),
         io.Boolean.Input("save_memory", default=DEFAULTS.recompute, advanced=True,
-                         tooltip="Computes each block again for the gradient instead of keeping its activations: far less "
-                                 "memory, about half as much more time, the same gradient."),
+                         tooltip="Recomputes each block for the gradient instead of keeping its activations: far less memory, "
+                                 "about 1.5 times the time, the same gradient."),
         io.Float.Input("compactness", default=DEFAULTS.compactness, min=0.0, max=100.0, step=0.5, advanced=True, optional=True,
-                       tooltip="Keeps each object in one place, so that steering does not draw it twice; updates go on "
-                               "until that is so. 0: the classifier's loss alone, as in the paper, and fewer updates."),
+                       tooltip="Keeps each object in one place, so that steering does not draw it twice. Updates continue until "
+                               "its attention is compact. 0: the classifier's loss alone, as in the paper, and fewer updates."),
         io.Combo.Input("method", options=list(METHODS), default=OWN, optional=True,
                        tooltip="as in the paper: for the classifiers published with it. The settings above then count only where "
-                               "they switch steering off, and save_memory. Raw gradient, step size 5 (7.5 for Stable Diffusion "
-                               "1.x), up to 16 updates, one relation at a time, loss targets 0.00001 to 0.00007, no "
-                               "compactness, first half of the schedule (FLUX.1-schnell: first quarter)."),
+                               "they switch steering off; save_memory always counts. The paper: raw gradient, step size 5 "
+                               "(Stable Diffusion 1.x: 7.5), up to 16 updates, one relation at a time, loss targets 0.00001 "
+                               "to 0.00007, no compactness, first half of the schedule (FLUX.1-schnell: first quarter)."),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Nodes that steer a sampler run and show what happened."""
+"""Nodes that steer a sampler run and report on it."""
 from __future__ import annotations
 
 import comfy.sample
@@ -44,8 +44,8 @@ class SpatialSteeringKSampler(io.ComfyNode):
             node_id="LearnToSteerKSampler",
             display_name="Spatial Steering KSampler",
             category=CATEGORY,
-            description="KSampler that puts things where the graph says: before the early denoising steps it moves the "
-                        "latent until the classifier sees the relations in the model's cross-attention.",
+            description="KSampler that puts objects where the graph says: before each early denoising step it moves the latent "
+                        "until the classifier sees the relations in the model's cross-attention.",
             search_aliases=["KSampler", "learn to steer", "spatial"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
@@ -53,17 +53,18 @@ class SpatialSteeringKSampler(io.ComfyNode):
                              tooltip="The random seed used for creating the noise."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Classifier-free guidance scale. It plays no part in the steering itself."),
+                               tooltip="Classifier-free guidance scale. Steering itself does not use it."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="ddim",
-                               tooltip="The sampling algorithm. Those that choose their own noise levels cannot be steered."),
+                               tooltip="The sampling algorithm. Samplers that choose their own noise levels, such as dpm_fast "
+                                       "and dpm_adaptive, cannot be steered."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
-                               tooltip="How noise is removed over the steps."),
+                               tooltip="The noise level of each step."),
                 io.Conditioning.Input("positive", tooltip="The 'positive' output of \"Multi-Relation Graph\", or of "
-                                      "\"Text Encode (Steerable)\"; stock conditioning nodes may stand in between."),
+                                      "\"Text Encode (Steerable)\". Stock conditioning nodes may stand in between."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="How much noise to put on the latent first; below 1 keeps its structure."),
+                               tooltip="How much noise is added to the latent first. Below 1 its structure is kept."),
                 graph_input(),
                 classifier_input(),
                 *settings_inputs(),
@@ -105,13 +106,12 @@ class ApplySpatialSteering(io.ComfyNode):
             display_name="Apply Spatial Steering",
             category=CATEGORY,
             description="The same steering as a patch on MODEL, in front of any sampler: KSampler, SamplerCustom, FLUX's "
-                        "guider and sampler nodes. Read what happened with \"Steering Result\".",
+                        "guider and sampler nodes. \"Steering Result\" gives the report.",
             inputs=[io.Model.Input("model", tooltip="The model to steer."), graph_input(), classifier_input(),
                     *settings_inputs()],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The steered model, for any sampler."),
-                RunLog.Output("steering", display_name="steering", tooltip="Goes into \"Steering Result\" behind the "
-                              "sampler."),
+                RunLog.Output("steering", display_name="steering", tooltip="For \"Steering Result\", behind the sampler."),
             ],
         )
 
@@ -127,11 +127,11 @@ class SteeringResult(io.ComfyNode):
             node_id="LearnToSteerResult",
             display_name="Steering Result",
             category=CATEGORY,
-            description="Report and maps of the steered run that gave this very latent, and of the runs that it went on from.",
+            description="Gives report and maps of the steered run that made this latent, and of the runs that it continued.",
             inputs=[
                 RunLog.Input("steering", tooltip="From \"Apply Spatial Steering\"."),
-                io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the steered model; it tells "
-                                "which run is meant."),
+                io.Latent.Input("samples", tooltip="The LATENT output of the sampler that used the steered model. It "
+                                "identifies the run."),
             ],
             outputs=[maps_output(), report_output(),
                      io.Latent.Output("latent", display_name="samples", tooltip="The same latent, for the VAE.")],
@@ -151,12 +151,12 @@ class SteeringReportNode(io.ComfyNode):
             node_id="LearnToSteerReport",
             display_name="Steering Report",
             category=CATEGORY,
-            description="Shows a steered run: what came of it, the relations' probabilities over the updates as a plot, and "
-                        "every update as text.",
+            description="Shows a steered run: whether the latent was moved and why not, a plot of the relations' probabilities "
+                        "over the updates, and every update as text.",
             inputs=[Report.Input("report", tooltip="From a steering sampler or \"Steering Result\".")],
             outputs=[
                 io.Image.Output("plot", display_name="plot", tooltip="Probability of each relation over the updates."),
-                io.String.Output("text", display_name="text", tooltip="The same run in words and numbers."),
+                io.String.Output("text", display_name="text", tooltip="The run in words and numbers."),
             ],
             is_output_node=True,
         )

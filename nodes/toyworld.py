@@ -1,4 +1,4 @@
-"""The small world as nodes: its models, and the exact judge of its pictures."""
+"""Nodes of the small world: its models, and the exact judge of its pictures."""
 from __future__ import annotations
 
 from comfy_api.latest import io, ui
@@ -17,11 +17,10 @@ class SmallWorldLoader(io.ComfyNode):
             node_id="LearnToSteerToyLoader",
             display_name="Load Small World",
             category=TOY,
-            description="A tiny model that ships with this pack, for trying steering within seconds on any machine: 64×64 "
-                        "pictures of simple objects. It draws the right things in the wrong places, as its big relatives "
-                        "do.",
-            inputs=[io.Combo.Input("backbone", options=list(LOADERS), tooltip="Which architecture the tiny model has: "
-                                   "unet as Stable Diffusion 2, flux as FLUX.1 schnell.")],
+            description="A tiny model that ships with this pack, for trying steering within seconds on any machine. It draws "
+                        "64x64 pictures of simple objects: the right objects in the wrong places, as large models often do.",
+            inputs=[io.Combo.Input("backbone", options=list(LOADERS), tooltip="The tiny model's architecture: unet "
+                                   "as Stable Diffusion 2, flux as FLUX.1 schnell.")],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="Works with every stock node."),
                 io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder, on the real CLIP tokenizer."),
@@ -41,10 +40,11 @@ class SmallWorldJudge(io.ComfyNode):
             node_id="LearnToSteerToyJudge",
             display_name="Judge Small World",
             category=TOY,
-            description="Finds the objects of a small-world picture by template matching, exactly, and says whether the "
-                        "graph's relations hold (GenEval's rule).",
-            inputs=[io.Image.Input("image", tooltip="A decoded small-world picture, 64×64."), graph_input()],
-            outputs=[io.String.Output("text", display_name="text", tooltip="What is where, and which relations hold.")],
+            description="Finds the objects in a small-world picture by exact template matching and says whether the graph's "
+                        "relations hold (GenEval's rule).",
+            inputs=[io.Image.Input("image", tooltip="A decoded small-world picture, 64x64, not enlarged."), graph_input()],
+            outputs=[io.String.Output("text", display_name="text",
+                                      tooltip="The objects with their places, and which relations hold.")],
             is_output_node=True,
         )
 

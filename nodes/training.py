@@ -1,4 +1,4 @@
-"""Nodes that make a relation classifier for the model at hand: dataset, training, saving."""
+"""Nodes that make a relation classifier for one model: dataset, training, saving."""
 from __future__ import annotations
 
 import os
@@ -60,47 +60,44 @@ class RelationDatasetBuilder(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         def pictures(name: str, default: int, use: str) -> io.Input:
             return io.Int.Input(name, default=default, min=1, max=100000,
-                                tooltip=f"Pictures of each relation {use}, at most.")
+                                tooltip=f"Pictures per relation {use}, at most.")
 
         return io.Schema(
             node_id="LearnToSteerDatasetBuilder",
             display_name="Relation Dataset Builder",
             category=TRAINING,
-            description="Inverts labelled pictures with this model, each with its true caption and with a wrong "
-                        "relation word, and keeps the attention maps of both objects. Takes long; stopped and queued "
-                        "again it goes on where it was.",
+            description="Makes the training data of a relation classifier: inverts labelled pictures with this model, each with "
+                        "its true caption and with a wrong relation word, and keeps the attention maps of both objects. Takes "
+                        "long; an interrupted run resumes when queued again.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the classifier is for."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 io.String.Input("name", default="relations", tooltip="Folder under output/relation_datasets."),
-                io.Combo.Input("source", options=list(SOURCES), tooltip="Where the pictures come from. The small "
-                                                                        "world's need no files and are for the "
-                                                                        "models of \"Load Small World\" only."),
+                io.Combo.Input("source", options=list(SOURCES), tooltip="Where the pictures come from. Those of the small world "
+                               "need no files and are for the models of \"Load Small World\" only."),
                 pictures("train_per_relation", 800, "for training"),
                 pictures("validation_per_relation", 200, "to tell when to stop"),
                 pictures("test_per_relation", 100, "to measure the result"),
                 io.Int.Input("steps", default=50, min=2, max=1000, tooltip="Denoising steps of the inversion."),
-                io.Int.Input("iterations", default=5, min=1, max=50, tooltip="Fixed-point iterations a step (UNets). "
-                                                                             "Fewer are faster and invert less "
-                                                                             "exactly."),
+                io.Int.Input("iterations", default=5, min=1, max=50, tooltip="Fixed-point iterations per step (UNets). Fewer are "
+                             "faster and invert less exactly."),
                 io.Int.Input("batch", default=4, min=1, max=64, tooltip="Pictures inverted together."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Decides pictures, splits and wrong "
-                                                                              "words."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Decides pictures, splits and wrong words."),
                 io.String.Input("pictures", default="", tooltip="Folder of the picture files (folder, GQA)."),
-                io.String.Input("table", default="", tooltip="CSV or JSON with file, subject, relation, object "
-                                                             "(folder), or the scene graph file (GQA)."),
-                io.String.Input("is_a_list", default="", advanced=True, tooltip="GQA: word list, \"kind, broader "
-                                                                                "kind\" a line; pictures with both "
-                                                                                "are left out. May be empty."),
+                io.String.Input("table", default="", tooltip="CSV or JSON with file, subject, relation, object (folder), or the "
+                                "scene graph file (GQA)."),
+                io.String.Input("is_a_list", default="", advanced=True, tooltip="GQA: word list with one \"kind, broader kind\" "
+                                "per line. Pictures that show both are left out. May be empty."),
                 io.Int.Input("size", default=512, min=64, max=2048, step=8, advanced=True,
                              tooltip="Side of the pictures in pixels (folder, GQA)."),
                 io.String.Input("licence", default="not stated", advanced=True,
-                                tooltip="Terms of the pictures of a folder; travels with dataset and classifier. GQA and the "
-                                        "small world bring their own."),
+                                tooltip="Terms of a folder's pictures. They are stored in the dataset and the classifier. GQA "
+                                        "and the small world bring their own."),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset", tooltip="For \"Train Relation Classifier\"."),
-                     io.String.Output("summary", display_name="summary", tooltip="What is inside, in numbers.")],
+                     io.String.Output("summary", display_name="summary",
+                                      tooltip="Samples, mean PSNR and dropped pictures, per split.")],
         )
 
     @classmethod
@@ -154,45 +151,35 @@ class TrainRelationClassifier(io.ComfyNode):
             node_id="LearnToSteerTrain",
             display_name="Train Relation Classifier",
             category=TRAINING,
-            description="Trains the relation network on a dataset of attention maps. Stopped and queued again it "
-                        "goes on from its last epoch.",
+            description="Trains the relation network on a dataset of attention maps. An interrupted run resumes from its last "
+                        "epoch when queued again.",
             inputs=[
                 Dataset.Input("dataset", tooltip="From \"Relation Dataset Builder\"."),
-                io.String.Input("name", default="my_classifier", tooltip="Name of the classifier, and of the run's "
-                                                                         "folder under output/relation_training."),
+                io.String.Input("name", default="my_classifier", tooltip="Name of the classifier, and of the run's folder under "
+                                "output/relation_training."),
                 io.Float.Input("learning_rate", default=defaults.learning_rate, min=1e-7, max=0.1, step=1e-6,
                                round=False, tooltip="The paper: 0.0001 for Stable Diffusion, 0.00005 for FLUX."),
-                io.Int.Input("epochs", default=defaults.epochs, min=1, max=10000, tooltip="At most; training stops "
-                                                                                          "earlier when the "
-                                                                                          "validation loss no longer "
-                                                                                          "falls. The paper: 150 for "
-                                                                                          "SD1.4, 100 for SD2.1, 200 for "
-                                                                                          "FLUX."),
-                io.Int.Input("batch", default=defaults.batch, min=1, max=4096, tooltip="Maps in one step of the "
-                                                                                       "optimiser."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="The same seed gives the same "
-                                                                              "classifier."),
-                io.Boolean.Input("wrong_captions", default=True, tooltip="Learn from wrong captions too. Off, the "
-                                                                         "classifier may read the relation word "
-                                                                         "instead of the layout; only for "
-                                                                         "comparison."),
-                io.String.Input("without_objects", default="", advanced=True, tooltip="Objects left out of training, "
-                                                                                      "separated by commas; they are "
-                                                                                      "measured apart."),
+                io.Int.Input("epochs", default=defaults.epochs, min=1, max=10000, tooltip="At most; training stops earlier once "
+                             "the validation loss no longer falls. The paper: 150 for SD1.4, 100 for SD2.1, 200 for FLUX."),
+                io.Int.Input("batch", default=defaults.batch, min=1, max=4096, tooltip="Samples per step of the optimizer."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="The same seed gives the same classifier."),
+                io.Boolean.Input("wrong_captions", default=True, tooltip="Also train on wrong captions. Off: the classifier may "
+                                 "learn to read the relation word instead of the layout; only for comparison."),
+                io.String.Input("without_objects", default="", advanced=True, tooltip="Objects left out of training, separated "
+                                "by commas. They are measured separately."),
                 io.Int.Input("width", default=256, min=32, max=2048, step=32, advanced=True,
                              tooltip="Width of the network. The paper: 256."),
                 io.Boolean.Input("mirror", default=False, advanced=True, optional=True,
-                                 tooltip="Turn the maps over at random, with their labels: makes much of few pictures. Not "
-                                         "in the paper."),
+                                 tooltip="Augments small datasets: flips maps and exchanges subject and object at random, "
+                                         "with their labels. Not in the paper."),
             ],
             outputs=[
-                Classifier.Output("classifier", display_name="classifier", tooltip="For the steering nodes and for "
-                                                                                   "\"Save Relation Classifier\"."),
+                Classifier.Output("classifier", display_name="classifier",
+                                  tooltip="For the steering nodes and \"Save Relation Classifier\"."),
                 io.Image.Output("loss", display_name="loss", tooltip="Training and validation loss over the epochs."),
-                io.Image.Output("confusion", display_name="confusion", tooltip="Truth against answers on the test "
-                                                                               "split."),
-                io.String.Output("summary", display_name="summary", tooltip="Accuracy on maps of true and of wrong "
-                                                                            "captions."),
+                io.Image.Output("confusion", display_name="confusion", tooltip="Confusion matrix of the test split."),
+                io.String.Output("summary", display_name="summary",
+                                 tooltip="Accuracy on maps of true and of wrong captions."),
             ],
         )
 
@@ -227,12 +214,12 @@ class SaveRelationClassifier(io.ComfyNode):
             node_id="LearnToSteerSaveClassifier",
             display_name="Save Relation Classifier",
             category=TRAINING,
-            description="Writes a trained classifier into models/relation_classifiers, where \"Relation Classifier "
+            description="Writes a trained classifier to models/relation_classifiers, where \"Relation Classifier "
                         "Loader\" finds it.",
             inputs=[
                 Classifier.Input("classifier", tooltip="From \"Train Relation Classifier\"."),
-                io.String.Input("name", default="my_classifier", tooltip="File name without ending."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that is there already."),
+                io.String.Input("name", default="my_classifier", tooltip="File name without extension."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace an existing file."),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="The file that was written.")],
             is_output_node=True,

@@ -23,11 +23,11 @@ def check_numbers(**inputs: object) -> None:
 
 
 def graph_input() -> io.Input:
-    return Graph.Input("graph", tooltip="Which relations the picture should show, from \"Multi-Relation Graph\".")
+    return Graph.Input("graph", tooltip="The relations that the picture should show, from \"Multi-Relation Graph\".")
 
 
 def classifier_input() -> io.Input:
-    return Classifier.Input("classifier", tooltip="Judges the relation from the attention maps, from \"Relation "
+    return Classifier.Input("classifier", tooltip="Judges the relations by the attention maps. From \"Relation "
                             "Classifier Loader\".")
 
 

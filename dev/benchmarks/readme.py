@@ -1,17 +1,23 @@
-"""Writes the measured tables of README.md and docs/measurements.md from dev/benchmarks/results: none is typed by hand.
+"""Fills README.md and docs/measurements.md from dev/benchmarks/results, so that no measured number is typed by hand.
 
     python dev.py run -m dev.benchmarks.readme [--check]
+
+A table stands between `<!-- accuracy_unet -->` and `<!-- /accuracy_unet -->`. A single figure stands inside a sentence, between
+`<!-- accuracy_unet, learned: exact -->` and the same with a slash: result file, row and column of the table.
 """
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 README, MEASUREMENTS = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 RESULTS = ROOT / "dev" / "benchmarks" / "results"
-SHARES = ("both_present", "clean", "relation_correct", "exact")
+SHARES = {"both objects": "both_present", "clean": "clean", "relation right": "relation_correct", "exact": "exact"}
+"""Columns of the accuracy tables, with their names in the result files."""
+MARKED = re.compile(r"(<!-- ([^/>][^>]*) -->).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def accuracy_table(content: dict, present: str = "both objects") -> str:
@@ -35,9 +41,14 @@ def accuracy_table(content: dict, present: str = "both objects") -> str:
 def accuracy_line(row: dict, most: int) -> str:
     """Where the row has fewer prompts than others it says how many, and no time: it is of another run than the unsteered one."""
     fewer = row["prompts"] < most
-    name, time = (f"{row['name']} ({row['prompts']} prompts)", "-") if fewer else (row["name"], f"{row['seconds_ratio']:.2f} ×")
-    shares = " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
-    return f"| {name} | {shares} | {row['gradient_evaluations']:.1f} | {time} |"
+    cells = accuracy_cells(row) | ({"time": "-"} if fewer else {})
+    return " | ".join([f"| {row['name']} ({row['prompts']} prompts)" if fewer else f"| {row['name']}", *cells.values()]) + " |"
+
+
+def accuracy_cells(row: dict) -> dict[str, str]:
+    """What a row shows, by column."""
+    shares = {column: f"{100 * row[share]:.1f} %" for column, share in SHARES.items()}
+    return {**shares, "gradient evaluations": f"{row['gradient_evaluations']:.1f}", "time": f"{row['seconds_ratio']:.2f} ×"}
 
 
 def leakage_table(content: dict) -> str:
@@ -73,13 +84,17 @@ def tables() -> dict[str, str]:
     return {name: table for path in sorted(RESULTS.glob("*.json")) for name, table in blocks(path).items()}
 
 
+def figures() -> dict[str, str]:
+    """Single cells of the tables for one relation, by the name of their markers."""
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("accuracy_*.json"))}
+    return {f"{name}, {row['name']}: {column}": cell for name, content in contents.items() for row in content["rows"]
+            for column, cell in accuracy_cells(row).items()}
+
+
 def filled(text: str) -> str:
-    """The text with the block between each pair of markers made anew; a block without a result stays."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin in text:
-            text = text[:text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end):]
-    return text
+    """The text with what stands between each pair of markers made anew; what has no result stays."""
+    made = {**{name: f"\n{table}\n" for name, table in tables().items()}, **figures()}
+    return MARKED.sub(lambda found: found[1] + made[found[2]] + found[3] if found[2] in made else found[0], text)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ LORA = "my_dog_lora.safetensors"
 SD21_SAMPLING = {"seed": 0, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 
 
-def sd21_note(name: str, height: int = 560) -> Note:
+def sd21_note(name: str, height: int = 640) -> Note:
     paper = read_note("_paper", classifier="sd2")
     files = read_note("_sd21_files", model=SD21)
     return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured"), lora=LORA), 520, height)
@@ -24,7 +24,7 @@ def flux_note(name: str, schnell: bool = False) -> Note:
     files = read_note("_flux_files", model=SCHNELL if schnell else DEV,
                       repository="FLUX.1-schnell" if schnell else "FLUX.1-dev")
     paper = read_note("_paper", classifier=classifier)
-    return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured")), 560, 600)
+    return Note(read_note(name, files=files, paper=paper, unmeasured=read_note("_unmeasured")), 560, 680)
 
 
 def shown(sheet: Sheet, samples: Output, maps: Output, report: Output | None, vae: Output,
