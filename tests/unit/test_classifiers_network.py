@@ -189,7 +189,7 @@ def test_config_survives_the_published_form(name):
     (("extractor", "num_layers"), "many", "extractor.num_layers is 'many'.*whole number"),
     (("extractor", "num_layers"), 10 ** 9, "extractor.num_layers is 1000000000"),
     (("d_model",), 0, "d_model is 0"),
-    (("map_size",), [16, 8], r"map_size is \[16, 8\]"),
+    (("map_size",), [16, 8], "map_size is a list of 2, but must be a whole number"),
     (("classifier",), 7, "classifier is 7.*group of settings"),
     (("classifier", "dropout"), float("nan"), "classifier.dropout is nan"),
     (("classifier", "nhead"), None, "classifier.nhead is missing"),

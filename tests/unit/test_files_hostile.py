@@ -219,7 +219,7 @@ def honest(folder: Path) -> list[tuple[str, Path]]:
 def scene_graphs(path: Path) -> None:
     """GQA's own file has 400 MB."""
     skipped = {**GRAPH, "objects": {**GRAPH["objects"], "3": {**GRAPH["objects"]["2"], "name": "dog"}}, "location": "x" * 2000}
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write("{" + ",".join(f'"{number}": {json.dumps(skipped)}' for number in range(10_000)))
         file.write(f', "last": {json.dumps(GRAPH)}}}')
 
