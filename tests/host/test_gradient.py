@@ -259,7 +259,7 @@ def test_with_another_packs_layer_patch_and_fast_attention(scene: Scene, recompu
 def test_a_replacement_that_cuts_the_gradient_is_an_error(scene: Scene):
     model = scene.model.clone()
     model.set_model_attn2_replace(lambda q, k, v, options: v.new_zeros(q.shape), "middle", 0)
-    with pytest.raises(RuntimeError, match="middle.0.0 cuts the gradient"):
+    with pytest.raises(RuntimeError, match="in block middle.0.0 and cuts the gradient"):
         check(scene, False, model)
 
 

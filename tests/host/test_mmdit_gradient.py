@@ -120,7 +120,7 @@ def test_a_replacement_that_cuts_the_gradient_is_named(recompute_blocks):
 
     base, inputs = loaded()
     options = {"patches_replace": {"dit": {("double_block", 1): cached}}}
-    with pytest.raises(RuntimeError, match=r"double_block\.1 cuts the gradient"):
+    with pytest.raises(RuntimeError, match=r"replaces double_block\.1 and cuts the gradient"):
         gradient_of(base, inputs, recompute_blocks, options)
     assert comfy.model_management.in_training is False
 

@@ -96,7 +96,7 @@ def test_a_word_without_tokens_of_its_own_is_named():
     assert found("a 狗 and a 鸟", "鸟", "t5xxl") == ("<unk>", 1)
     prompt = read("a ★狗 above a 鸟")
     assert prompt.find("狗", "l")
-    with pytest.raises(TokenError, match="input 'positive': in the prompt .* does not keep \"狗\" apart from what stands beside"):
+    with pytest.raises(TokenError, match="input 'positive': in the prompt .* does not keep \"狗\" apart from the text next to"):
         prompt.find("狗", "t5xxl")
 
 
