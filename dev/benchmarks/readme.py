@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/measurements.md from dev/benchmarks/results: none is typed by hand.
+"""Writes the tables of README.md and docs/measurements.md from dev/benchmarks/results. No table is edited by hand.
 
     python dev.py run -m dev.benchmarks.readme [--check]
 """
@@ -15,7 +15,7 @@ SHARES = ("both_present", "clean", "relation_correct", "exact")
 
 
 def accuracy_table(content: dict, present: str = "both objects") -> str:
-    """Rows of several groups get a line in bold above each group."""
+    """The table of an accuracy result. With several groups, each begins with a line in bold."""
     head = f"| | {present} | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
     groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
     most = max(row["prompts"] for row in content["rows"])
@@ -33,7 +33,7 @@ def accuracy_table(content: dict, present: str = "both objects") -> str:
 
 
 def accuracy_line(row: dict, most: int) -> str:
-    """Where the row has fewer prompts than others it says how many, and no time: it is of another run than the unsteered one."""
+    """One line of the table. A row with fewer prompts gives their number, and no time, because it comes from another run."""
     fewer = row["prompts"] < most
     name, time = (f"{row['name']} ({row['prompts']} prompts)", "-") if fewer else (row["name"], f"{row['seconds_ratio']:.2f} ×")
     shares = " | ".join(f"{100 * row[share]:.1f} %" for share in SHARES)
@@ -58,7 +58,7 @@ def cost_table(content: dict) -> str:
 
 
 def blocks(path: Path) -> dict[str, str]:
-    """The tables that one result fills, by the name of their markers."""
+    """The tables of one result, by the name of their markers."""
     content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
     if kind == "cost":
         return {path.stem: cost_table(content)}
@@ -69,12 +69,12 @@ def blocks(path: Path) -> dict[str, str]:
 
 
 def tables() -> dict[str, str]:
-    """All of them, by the name of their markers."""
+    """The tables of all results, by the name of their markers."""
     return {name: table for path in sorted(RESULTS.glob("*.json")) for name, table in blocks(path).items()}
 
 
 def filled(text: str) -> str:
-    """The text with the block between each pair of markers made anew; a block without a result stays."""
+    """The text with the block between each pair of markers replaced. A block without a result stays."""
     for name, table in tables().items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if begin in text:
