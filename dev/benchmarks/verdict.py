@@ -20,7 +20,7 @@ ORDER = ("above", "below", "to the left of", "to the right of")
 
 
 def world_noun(phrase: str) -> str:
-    """The small world's noun in a phrase ("small red cat" → "cat"). Raises ValueError without one."""
+    """The small world's noun in a phrase ("small red cat" -> "cat"). Raises ValueError without one."""
     words = split_occurrence(phrase)[0].casefold()
     for noun in sorted(NOUNS + EXTRA_NOUNS, key=len, reverse=True):
         if words == noun or words.endswith(" " + noun):

@@ -17,7 +17,7 @@ GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
 
 
 def enlarged(sheet: Sheet, image: Output) -> Node:
-    """64×64 pictures are shown eight times as large, pixel by pixel."""
+    """A node that enlarges 64x64 pictures eight times, pixel by pixel."""
     return sheet.node("ImageScale", "Enlarge", width=300, image=image, upscale_method="nearest-exact", width_=512,
                       height_=512, crop="disabled")
 

@@ -1,4 +1,4 @@
-"""Samplers of other packs: steered right whatever their habits, or refused with the true reason."""
+"""Samplers of other packs are steered correctly, or refused with the true reason."""
 from __future__ import annotations
 
 import functools
@@ -65,7 +65,7 @@ def test_what_cannot_be_steered_is_refused_with_the_reason(bench: Bench, functio
 
 
 def test_messages_name_the_sampler_as_it_was_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """A pack's sampler in the host's own list, and a sampler that a node of the host made with options."""
+    """A pack's sampler in the host's list, and a sampler made with options by a host node."""
     patched, _ = apply_steering(bench.scene.model, bench.scene.steering())
     with pytest.raises(SteeringError, match="^input 'sampler': turning reverses a move"):
         bench.run(patched, ksampler(functools.partial(other.sample_turning)), SIGMAS)

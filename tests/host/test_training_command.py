@@ -1,4 +1,4 @@
-"""`python -m training`: from the small world to a classifier file, going on, and clear errors."""
+"""`python -m training`: from the small world to a classifier file, resuming, and clear errors."""
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,4 @@
-"""Reads files, each in a process of its own, and prints as JSON lines what came of it, the CPU seconds and the memory.
+"""Reads each file in its own process, and prints outcome, CPU seconds and memory as JSON lines.
 
     python measured.py classifier|gqa|table|words|dataset FILE...
 """
@@ -29,9 +29,9 @@ def resident() -> int:
 
 
 def read_apart(read: Callable[[Path], object], path: Path, before: Callable[[], object]) -> dict:
-    """Reads `path` in a fork of this process, whose peak of memory and time the system reports when it ends.
+    """Reads `path` in a fork of this process. The system reports its time and peak memory when it ends.
 
-    before: what the fork does first and is not counted: code that is used takes memory too.
+    before: called first in the fork and not counted, because loading code takes memory too.
     """
     receiving, sending = os.pipe()
     child = os.fork()

@@ -1,6 +1,6 @@
-"""Files made to harm: none makes the process follow its pointers, take gigabytes or minutes, or end; each is refused in words.
+"""Hostile files: each is refused with a message; none makes the process read foreign memory, take gigabytes or minutes, or crash.
 
-measured.py reads each in a process of its own and reports what the system counted.
+measured.py reads each file in its own process and reports the system's counts.
 """
 from __future__ import annotations
 
@@ -128,12 +128,12 @@ def beginning_lost(path: Path) -> None:
 
 
 def colliding_keys() -> bytes:
-    """A dict whose 100,000 names, numbers with one hash, are each compared with all before."""
+    """A dict with 100,000 numeric keys of the same hash: each is compared with all earlier keys."""
     return pickle.dumps({number * (2**61 - 1): None for number in range(100_000)})
 
 
 def nested_key() -> bytes:
-    """A tuple of tuples, shared by reference, whose hash takes 2 to the 60th steps."""
+    """A tuple of tuples, shared by reference, whose hash takes 2^60 steps."""
     return b"\x80\x02}(" + b"K\x01" + b"\x86".join([b"2"] * 61) + b"\x86NuN0."
 
 
@@ -232,7 +232,7 @@ def test_a_hostile_safetensors_file_is_refused(own: tuple[Path, dict], name: str
 
 
 def test_honest_files_take_no_more_either(tmp_path: Path) -> None:
-    """Also such as hold half-precision numbers, which become float32."""
+    """This includes files with half-precision weights, which become float32."""
     config = paper_config("mmdit", d_model=512)
     network = RelationNetwork(config, 1368, 4)
     for name, weights in (("whole", network.state_dict()), ("half", network.half().state_dict())):
@@ -271,7 +271,7 @@ def test_hostile_json_is_refused(tmp_path: Path, kind: str, name: str) -> None:
 
 
 def test_a_large_scene_graph_file_is_not_held_in_memory(tmp_path: Path) -> None:
-    """GQA's own has 400 MB."""
+    """GQA's own file has 400 MB."""
     skipped = {**GRAPH, "objects": {**GRAPH["objects"], "3": {**GRAPH["objects"]["2"], "name": "dog"}}, "location": "x" * 2000}
     with open(tmp_path / "graphs.json", "w") as file:
         file.write("{" + ",".join(f'"{number}": {json.dumps(skipped)}' for number in range(10_000)))

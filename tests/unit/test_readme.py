@@ -1,4 +1,4 @@
-"""The documents show what was measured: their tables are those of the JSON files, and both commands exist."""
+"""The tables in the documents equal those of the measured JSON files, and both commands exist."""
 from __future__ import annotations
 
 import pytest
