@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The door for developers: `python dev.py --help`. What it does lives in dev/."""
+"""The developers' command line: `python dev.py --help`. The code is in dev/."""
 from dev.cli import main
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The contract between the optimizer and any relation classifier, and the checks that come before its use."""
+"""The contract between the optimizer and a relation classifier, and the checks on its inputs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,16 +22,15 @@ class ClassifierError(ValueError):
 
 @dataclass(frozen=True)
 class MapLayout:
-    """What stack of cross-attention maps a classifier expects.
+    """The stack of cross-attention maps that a classifier expects.
 
-    size: maps are [size, size].
-    normalise: "resized": bilinear resize, then divide each map by its sum (+1e-8), when any layer's resolution
-        differs from `size` (docs/method.md, "Maps"); raw probabilities otherwise. "always": always divide by the
-        sum. "never": never.
-    channels: number of layers x heads expected; None: any number (up to `max_channels`).
+    size: each map is [size, size]; maps of another resolution are resized bilinearly.
+    normalise: "always" divides each map by its sum (+1e-8). "never" keeps raw probabilities. "resized" divides only if the
+        resolution of some layer differs from `size` (docs/method.md, "Maps").
+    channels: expected number of layers x heads; None: any number up to `max_channels`.
     backbone: "unet", "mmdit" or None (any).
-    max_channels: length of a position table that may be longer than the stack; None: no limit.
-    guessed: the classifier's file does not state `backbone`; it follows from the file's name or the network's depth.
+    max_channels: length of the position table, which may exceed the stack; None: no limit.
+    guessed: True if the file does not state `backbone`, which then follows from the file's name or the network's depth.
     """
 
     size: int = 16
@@ -54,10 +53,11 @@ class MapLayout:
 
 @runtime_checkable
 class RelationClassifier(Protocol):
-    """What the optimizer sees of a classifier.
+    """The interface of a classifier to the optimizer.
 
-    channel_weights: [C], how well each channel knows where its word's object is, for the term that keeps an object in one
-    place; None: all channels count alike there.
+    name: for messages and reports; relations: names in the order of the logits; layout: the maps that it expects.
+    channel_weights: [C], how well each channel localises its word's object. The compactness term weights channels by it;
+        None weights all channels equally.
     """
 
     name: str
@@ -65,26 +65,27 @@ class RelationClassifier(Protocol):
     layout: MapLayout
     channel_weights: Tensor | None = None
 
-    def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
+    def logits(self, subject_maps: Tensor, object_maps: Tensor, progress: Tensor) -> Tensor:
         """Logits over `relations`, differentiable with respect to the maps.
 
-        subject, object: [B, channels, size, size]; progress: [B] in [0, 1), the fraction of the schedule that lies
-        behind (step index / number of steps). Returns [B, len(relations)].
+        subject_maps, object_maps: [B, channels, size, size].
+        progress: [B] in [0, 1), the completed fraction of the schedule (step index / number of steps).
+        Returns [B, len(relations)].
         """
         ...
 
     def to(self, device: torch.device | str) -> RelationClassifier:
-        """The classifier on `device`: itself, moved, or a copy."""
+        """The classifier on `device`. It may be a copy or the same object, moved."""
         ...
 
 
 def working_dtype(maps: Tensor) -> torch.dtype:
-    """Precision for computing on maps: float64 stays (gradient checks), everything else is float32."""
+    """Precision for computing on maps: float64 for float64 maps (gradient checks), float32 for all others."""
     return torch.float64 if maps.dtype == torch.float64 else torch.float32
 
 
 def check_layout(classifier: RelationClassifier, channels: int, backbone: str) -> None:
-    """Raises ClassifierError, in words, where a model's `channels` maps of `backbone` do not fit the classifier."""
+    """Raises ClassifierError where a model of `backbone` with `channels` maps per word does not fit the classifier."""
     layout = classifier.layout
     fits_backbone = layout.backbone is None or layout.backbone == backbone
     fits_count = layout.channels is None or layout.channels == channels
@@ -103,17 +104,17 @@ def check_layout(classifier: RelationClassifier, channels: int, backbone: str) -
                               "Load a classifier trained for this model, or use the geometric one.")
 
 
-def check_maps(classifier: RelationClassifier, subject: Tensor, object: Tensor) -> None:
-    """Raises ClassifierError where the two stacks are not [B, channels, size, size] of one shape."""
+def check_maps(classifier: RelationClassifier, subject_maps: Tensor, object_maps: Tensor) -> None:
+    """Raises ClassifierError unless both stacks are [B, channels, size, size], of the same shape."""
     size = classifier.layout.size
-    if subject.shape != object.shape or subject.ndim != 4 or tuple(subject.shape[2:]) != (size, size):
+    if subject_maps.shape != object_maps.shape or subject_maps.ndim != 4 or tuple(subject_maps.shape[2:]) != (size, size):
         raise ClassifierError(f"Classifier {classifier.name!r} expects two stacks of maps [batch, channels, {size}, "
-                              f"{size}]; it got {list(subject.shape)} and {list(object.shape)}. Resize the maps to "
-                              "the classifier's layout first.")
+                              f"{size}]; it got {list(subject_maps.shape)} and {list(object_maps.shape)}. Resize the "
+                              "maps to the classifier's layout first.")
 
 
 def diagonal_name(predicates: Sequence[str]) -> str | None:
-    """The one name of a diagonal given as two predicates, vertical first ("above and to the left of"), or None."""
+    """The name of a diagonal given as two predicates ("above and to the left of"), or None if they are no diagonal."""
     vertical = [name for name in predicates if name in (ABOVE, BELOW)]
     horizontal = [name for name in predicates if name in (LEFT, RIGHT)]
     if len(predicates) == 2 and len(vertical) == len(horizontal) == 1:
@@ -122,10 +123,10 @@ def diagonal_name(predicates: Sequence[str]) -> str | None:
 
 
 def relation_indices(classifier: RelationClassifier, predicates: Sequence[str]) -> list[int]:
-    """Indices of the logits that are the targets of one relation; its loss is the mean of their cross-entropies.
+    """Indices of the target logits of one relation. The relation's loss is the mean of their cross-entropies.
 
-    A diagonal is two predicates. Where the classifier has a class for the diagonal itself (the geometric one does),
-    that class is the only target; otherwise both predicates are (docs/method.md, "The loss").
+    A diagonal has two predicates. If the classifier has a class for the diagonal, as the geometric one does, that class is
+    the only target; otherwise both predicates are targets (docs/method.md, "The loss").
     Raises ClassifierError naming every unknown relation and the known ones.
     """
     if isinstance(predicates, str):

@@ -1,10 +1,11 @@
-"""Classifier files: our own safetensors format, written and read, and the published pickled one, read (published.py).
+"""Classifier files: reads and writes our safetensors format, and reads the published pickled format (published.py).
 
-A safetensors file carries everything in one metadata entry, `relation_classifier`, as JSON (one entry, because
-safetensors writes several in random order, and equal classifiers shall give equal files): `format_version`, `config`,
-`input_channels`, `relations`, `layout`, `steps`, `training`, `licence`; a geometric classifier that was calibrated to a
-model has `kind` and `settings` instead of a network's entries. Reading either kind of file never runs code
-from it, and every fault is a ClassifierError that names the file.
+A safetensors file describes the classifier in one metadata entry, `relation_classifier`, as JSON. It is a single entry
+because safetensors writes several in random order, and equal classifiers must give equal files. The JSON holds
+`format_version`, `config`, `input_channels`, `relations`, `layout`, `steps`, `training` and `licence`. A calibrated
+geometric classifier has `kind` and `settings` instead of `config`, `input_channels`, `relations` and `steps`.
+
+Reading a file never runs code from it. Every fault raises a ClassifierError naming the file.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ METADATA_KEY = "relation_classifier"
 FORMAT_VERSION = 1
 GEOMETRIC, WEIGHTS = "geometric", "channel_weights"
 SUFFIXES = (".safetensors", ".pth", ".pt")
-# Tables that published files may hold with other singleton dimensions than ours.
+# Tables whose singleton dimensions may differ in published files.
 _RESHAPED = ("positional_encoding.pe", "query_vector")
 # Published files hold 256 rows. The head's sequence has one element, so only the first row is ever added.
 _FIRST_ROW_ONLY = "relation_classifier.positional_encoding.pe"
@@ -47,7 +48,7 @@ _LARGEST_MAP = 256
 
 @dataclass(frozen=True)
 class ClassifierFile:
-    """What a file of either kind says, before a network is built from it."""
+    """The content of a network's file in either format, before the network is built."""
 
     config: NetworkConfig
     input_channels: int
@@ -61,10 +62,10 @@ class ClassifierFile:
 
 def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
                     relations: Sequence[str] | None = None) -> LearnedClassifier | GeometricClassifier:
-    """Reads a classifier on the CPU; its name is the file's.
+    """Reads a classifier onto the CPU. Its name is the file's name without the suffix.
 
-    backbone, relations: override what the file says (or what is guessed for a published file).
-    Raises ClassifierError for a file that is missing, empty, cut off, of another kind, or damaged in any way.
+    backbone, relations: override those of the file, or the guess for a published file.
+    Raises ClassifierError for a file that is missing, empty, cut off, damaged or no classifier.
     """
     path = Path(path)
     try:
@@ -93,17 +94,17 @@ def load_classifier(path: str | os.PathLike, *, backbone: str | None = None,
 
 def save_classifier(path: str | os.PathLike, classifier: LearnedClassifier | GeometricClassifier,
                     precision: torch.dtype = torch.float32) -> None:
-    """Writes our own format; equal classifiers give equal bytes. A file already there is replaced whole or not at all.
+    """Writes a classifier in our format. An existing file is replaced whole or not at all.
 
-    precision: how a network's weights are stored (a classifier computes in float32 whatever its file holds).
-    `classifier.training` must hold JSON's types. Raises ClassifierError for the geometric rule without channel weights and
-    for weights that `precision` cannot hold, WriteError where the file cannot be written.
+    precision: dtype of the stored weights; a classifier always computes in float32. Equal classifiers give equal bytes.
+    `classifier.training` may hold JSON's types only. Raises ClassifierError for a geometric classifier without channel
+    weights and for weights that overflow `precision`, WriteError if the file cannot be written.
     """
     replace_file(Path(path), classifier_bytes(classifier, precision))
 
 
 def classifier_bytes(classifier: LearnedClassifier | GeometricClassifier, precision: torch.dtype = torch.float32) -> bytes:
-    """The file of a classifier."""
+    """The content of a classifier's file."""
     description, weights = _described(classifier, precision)
     try:
         text = json.dumps(description, allow_nan=False)
@@ -152,7 +153,7 @@ def _read_safetensors(path: Path) -> ClassifierFile | GeometricClassifier:
         raise ClassifierError(f"{error}. Copy or download it again.") from error
     except OSError:
         raise
-    except Exception as error:  # whatever the library raises on damaged bytes: there is no closed list
+    except Exception as error:  # safetensors documents no list of what it raises on damaged bytes
         raise ClassifierError("the file is cut off or not a safetensors file. Copy or download it again.") from error
     if METADATA_KEY not in metadata:
         raise ClassifierError("this safetensors file is not a relation classifier: its metadata has no entry "
@@ -210,12 +211,14 @@ def _with_backbone(layout: MapLayout, backbone: str) -> MapLayout:
 
 
 def _build(content: ClassifierFile) -> RelationNetwork:
-    """The network with the file's weights, checked: names, shapes, finite values. Takes them out of `content`, so that they
-    are not held twice."""
+    """The network with the file's weights. Checks that names and shapes fit and that values are finite.
+
+    Weights are moved out of `content`, so that they are not held twice.
+    """
     if not 1 <= content.input_channels <= _LONGEST_TABLE or not content.relations:
         raise ClassifierError(f"{content.input_channels} input channels and {len(content.relations)} relations cannot "
                               "be right. The file is damaged; get it again.")
-    # On the meta device nothing is allocated, so that a damaged config cannot ask for all memory.
+    # The meta device allocates nothing, so a damaged config cannot exhaust memory.
     with torch.device("meta"):
         network = RelationNetwork(content.config, content.input_channels, len(content.relations))
     wanted = network.state_dict()
@@ -233,7 +236,7 @@ def _build(content: ClassifierFile) -> RelationNetwork:
 
 
 def _unused(name: str, config: NetworkConfig) -> bool:
-    """Weights that a file may hold although its config switches them off."""
+    """Whether the config switches this weight off. A file may hold it all the same."""
     extractor = config.extractor
     return (extractor.use_mean and name.startswith("object_extractor.")) or \
         (extractor.step_mode == "off" and name.startswith("object_extractor.timestep_embedding."))

@@ -1,13 +1,13 @@
-"""Geometric classifier: no training, no weights. Soft centres and extents of the two averaged maps -> logits over directions.
+"""Geometric classifier: no training, no network. Logits over directions follow from the centres and extents of two maps.
 
-A relation's logit is minus its *violation* over a temperature. The violation of "above" is a hinge on how far the
-subject's centre lies above the object's (GenEval's rule: distance beyond a fraction of the two extents), plus a
-weighted hinge on the sideways offset; a diagonal has a hinge on both axes. So the cross-entropy to "above" pulls the
-subject up and into line, and its probability is high only where "above" holds with a margin and nothing else does.
-All lengths are fractions of the picture's side; y grows downward.
+A relation's logit is minus its *violation*, divided by a temperature. The violation of "above" has two terms: a hinge on
+the distance by which the subject's centre lies above the object's, less a fraction of both extents (GenEval's rule), and a
+weighted hinge on the sideways offset. A diagonal has a distance hinge on both axes. The cross-entropy to "above" therefore
+moves the subject up and into line with the object. The probability of "above" is high only if "above" holds with a margin
+and no other direction does. All lengths are fractions of the picture's side; y grows downward.
 
 Not every layer and head localises its word's object. Channel weights, calibrated on a few labelled pictures
-(training/calibration.py), adapt the rule to one model; without them all channels count alike.
+(training/calibration.py), adapt the rule to one model. Without them all channels have equal weight.
 """
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ DIRECTIONS = {
     f"{BELOW} and {LEFT}": (-1, 1),
     f"{BELOW} and {RIGHT}": (1, 1),
 }
-# Extent of a uniform bar in standard deviations: a soft map's counterpart of a box's side.
+# Length of a uniform bar in standard deviations: converts a map's deviation to the side of a box.
 _SIDE_PER_DEVIATION = 12 ** 0.5
-# Root-mean-square radius of one object's map that costs nothing, as a fraction of the picture's side.
+# Root-mean-square radius of an object's map up to which there is no penalty, as a fraction of the picture's side.
 COMPACT_RADIUS = 0.15
-# Uniform weight under every map: a flat map becomes the uniform distribution instead of 0 / 0.
+# Added to every cell, so that a flat map becomes the uniform distribution instead of 0 / 0.
 _FLOOR = 1e-6
-# Deviation, as a share of a channel's mean, below which it fades out as flat: rounding must not be blown up to a map.
+# Relative deviation below which a channel counts as flat, so that rounding errors are not amplified into a map.
 _FLAT = 1e-3
 _TINY = 1e-20
 
 
 @dataclass(frozen=True)
 class GeometricSettings:
-    """Knobs of the geometric loss; lengths are fractions of the picture's side.
+    """Settings of the geometric loss. Lengths are fractions of the picture's side.
 
-    sharpness: power applied to the averaged map, its minimum subtracted, before it becomes a distribution.
-    margin: distance wanted along the relation's axis, after the extents' share is taken off.
-    extent_share: share of both objects' extents that is taken off every distance (GenEval: 0.1).
-    diagonal_margin: the same as `margin`, on each axis of a diagonal.
-    tolerance: sideways offset that costs nothing.
+    sharpness: exponent applied to the averaged map, after its minimum is subtracted and before it is normalised to sum 1.
+    margin: required distance along the relation's axis, after `extent_share` of the extents is subtracted.
+    extent_share: share of both objects' extents that is subtracted from every distance (GenEval: 0.1).
+    diagonal_margin: the margin on each axis of a diagonal.
+    tolerance: sideways offset without penalty.
     sideways: weight of the hinge on the sideways offset.
-    pairwise: 0: violation of the mean position; 1: mean violation over all pairs of subject and object cells, so that
-        mass on the wrong side counts even where the centre is right (a doubled object); between: a mixture.
+    pairwise: 0 takes the violation of the mean positions, 1 the mean violation over all pairs of subject and object cells;
+        values between mix both. Pairs penalise mass on the wrong side even if the centre is right (a doubled object).
     temperature: violation that lowers a logit by 1.
     """
 
@@ -74,10 +74,11 @@ class GeometricSettings:
 
 @dataclass(frozen=True)
 class SoftObject:
-    """Where one object's attention lies: its distribution over the cells and that distribution's moments.
+    """The distribution of one object's attention over the cells, and its moments.
 
-    rows, columns: marginal distributions, [B, size]; centre, deviation: mean and standard deviation as (x, y), [B, 2],
-    fractions of the side with 0 in the middle and y growing downward.
+    rows, columns: marginal distributions, [B, size].
+    centre, deviation: mean and standard deviation as (x, y), [B, 2], in fractions of the side; 0 is the middle and y grows
+        downward.
     """
 
     rows: Tensor
@@ -87,10 +88,12 @@ class SoftObject:
 
 
 class GeometricClassifier(RelationClassifier):
-    """Differentiable. Without `channel_weights` the same for every backbone, for any number of channels of `size` x `size`.
+    """The geometric rule as a RelationClassifier.
 
-    channel_weights: [C], 0 or more, not all 0, for one model's channels in their order; `backbone`: that model's.
-    training, licence: as of a LearnedClassifier. Raises ClassifierError for other weights.
+    Without `channel_weights` it works on any backbone and any number of channels.
+    channel_weights: [C], each 0 or more and not all 0, in the order of one model's channels; backbone: that model's.
+    training, licence: as in LearnedClassifier.
+    Raises ClassifierError for invalid weights.
     """
 
     def __init__(self, settings: GeometricSettings | None = None, size: int = 16, channel_weights: Tensor | None = None, *,
@@ -104,11 +107,11 @@ class GeometricClassifier(RelationClassifier):
         channels = None if channel_weights is None else len(channel_weights)
         self.layout = MapLayout(size=size, normalise="always", channels=channels, backbone=backbone)
 
-    def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
-        """[B, C, size, size] twice -> [B, 8]; `progress` plays no part. See RelationClassifier.logits."""
-        check_maps(self, subject, object)
+    def logits(self, subject_maps: Tensor, object_maps: Tensor, progress: Tensor) -> Tensor:
+        """Two stacks [B, C, size, size] -> [B, 8]. `progress` is ignored. See RelationClassifier.logits."""
+        check_maps(self, subject_maps, object_maps)
         settings = self.settings
-        first, second = (locate(maps, settings.sharpness, self.channel_weights) for maps in (subject, object))
+        first, second = (locate(maps, settings.sharpness, self.channel_weights) for maps in (subject_maps, object_maps))
         violations = [_violation(first, second, direction, settings) for direction in DIRECTIONS.values()]
         return -torch.stack(violations, dim=1) / settings.temperature
 
@@ -118,7 +121,7 @@ class GeometricClassifier(RelationClassifier):
 
 
 def _checked(weights: Tensor, name: str) -> Tensor:
-    """Channel weights [C] of classifier `name` as an ordinary tensor. ClassifierError unless 0 or more and not all 0."""
+    """Channel weights [C] as an ordinary float tensor. Raises ClassifierError unless all are 0 or more and one is not 0."""
     with torch.inference_mode(False):
         weights = weights.detach().float().clone()
     if not (weights.ndim == 1 and weights.isfinite().all() and (weights >= 0).all() and weights.any()):
@@ -128,10 +131,11 @@ def _checked(weights: Tensor, name: str) -> Tensor:
 
 
 def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:
-    """[B, C, H, W] -> [B, H, W]: the mean over channels; with weights [C] that of the standardised channels, where positive.
+    """Averages maps over channels: [B, C, H, W] -> [B, H, W].
 
-    A standardised channel has mean 0 and deviation 1 over its cells, so that a channel whose word takes much of the attention
-    everywhere does not outweigh one that localises it. A flat channel counts as 0.
+    Without weights this is the plain mean. With weights [C] it is the positive part of the weighted mean of standardised
+    channels. A standardised channel has mean 0 and deviation 1 over its cells, so a channel with high attention everywhere
+    does not outweigh one that localises its word. A flat channel becomes 0.
     """
     maps = maps.to(working_dtype(maps))
     if weights is None:
@@ -143,24 +147,24 @@ def averaged(maps: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def locate(maps: Tensor, sharpness: float, weights: Tensor | None = None) -> SoftObject:
-    """Averages maps [B, C, H, W] over channels and turns the result into a distribution with its moments.
+    """Averages maps [B, C, H, W] over channels, and normalises the result to a distribution with its moments.
 
-    weights: see `averaged`. A flat map becomes the uniform distribution; its gradient is zero, not NaN.
+    weights: see `averaged`. A flat map becomes the uniform distribution and has gradient 0, not NaN.
     """
     mean = averaged(maps, weights)
     low, high = mean.amin(dim=(1, 2), keepdim=True), mean.amax(dim=(1, 2), keepdim=True)
     span = high - low
-    # Scaled to [0, 1] first, so that the power does not underflow on maps whose cells are about 1/256.
+    # Scaled to [0, 1] first: powers of raw cells, about 1/256, would underflow.
     scaled = (mean - low) / torch.where(span > 0, span, torch.ones_like(span))
-    weights = scaled ** sharpness + _FLOOR
-    cells = weights / weights.sum(dim=(1, 2), keepdim=True)
+    mass = scaled ** sharpness + _FLOOR
+    cells = mass / mass.sum(dim=(1, 2), keepdim=True)
     rows, columns = cells.sum(dim=2), cells.sum(dim=1)
     (x, spread_x), (y, spread_y) = _moments(columns), _moments(rows)
     return SoftObject(rows, columns, torch.stack([x, y], dim=1), torch.stack([spread_x, spread_y], dim=1))
 
 
 def _positions(like: Tensor) -> Tensor:
-    """Centres of a line of cells as fractions of its length, 0 in the middle: [size]."""
+    """Centres of the cells of a line, [size], in fractions of its length; 0 is the middle."""
     size = like.shape[-1]
     return (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size - 0.5
 
@@ -170,45 +174,46 @@ def _moments(marginal: Tensor) -> tuple[Tensor, Tensor]:
     positions = _positions(marginal)
     centre = marginal @ positions
     variance = (marginal * (positions - centre[:, None]) ** 2).sum(dim=1)
-    # A single cell has a width too; this also keeps the root's slope finite.
+    # The last term is the variance within one cell; it also keeps the gradient of the root finite.
     return centre, (variance + 1 / (12 * marginal.shape[-1] ** 2)).sqrt()
 
 
-def compactness_penalty(subject: Tensor, object: Tensor, weights: Tensor | None = None) -> Tensor:
-    """How far the two objects' attention spreads beyond COMPACT_RADIUS, [B], as a fraction of the picture's side.
+def compactness_penalty(subject_maps: Tensor, object_maps: Tensor, weights: Tensor | None = None) -> Tensor:
+    """By how much the attention to both objects spreads beyond COMPACT_RADIUS, [B], in fractions of the picture's side.
 
-    subject, object: [B, channels, H, W]; weights: see `averaged`. Large where an object is about to be drawn twice, which
-    a relation's loss does not see: its centre may be right all the same.
+    subject_maps, object_maps: [B, channels, H, W]; weights: see `averaged`.
+    The penalty is large if an object is about to be drawn twice. The relation's loss misses that, because the centre may
+    still be right.
     """
     radii = (locate(maps, GeometricSettings.sharpness, weights).deviation.square().sum(dim=1).sqrt()
-             for maps in (subject, object))
+             for maps in (subject_maps, object_maps))
     return sum(torch.relu(radius - COMPACT_RADIUS) for radius in radii)
 
 
-def _violation(subject: SoftObject, object: SoftObject, direction: tuple[int, int],
+def _violation(first: SoftObject, second: SoftObject, direction: tuple[int, int],
                settings: GeometricSettings) -> Tensor:
-    """By how much, [B], the subject fails to lie in `direction` from the object; 0 where it does, with the margin."""
+    """By how much, [B], `first` fails to lie in `direction` from `second`; 0 if it lies there with the margin."""
     margin = settings.diagonal_margin if all(direction) else settings.margin
     total = 0
     for axis, sign in enumerate(direction):
         if sign:
-            total = total + _along(subject, object, axis, sign, margin, settings)
+            total = total + _along(first, second, axis, sign, margin, settings)
         else:
-            offset = (subject.centre[:, axis] - object.centre[:, axis]).abs()
+            offset = (first.centre[:, axis] - second.centre[:, axis]).abs()
             total = total + settings.sideways * torch.relu(offset - settings.tolerance)
     return total
 
 
-def _along(subject: SoftObject, object: SoftObject, axis: int, sign: int, margin: float,
+def _along(first: SoftObject, second: SoftObject, axis: int, sign: int, margin: float,
            settings: GeometricSettings) -> Tensor:
     """Hinge, [B], on the signed distance along one axis (0: x, 1: y)."""
-    distance = sign * (subject.centre[:, axis] - object.centre[:, axis])
-    sides = _SIDE_PER_DEVIATION * (subject.deviation[:, axis] + object.deviation[:, axis])
+    distance = sign * (first.centre[:, axis] - second.centre[:, axis])
+    sides = _SIDE_PER_DEVIATION * (first.deviation[:, axis] + second.deviation[:, axis])
     of_means = torch.relu(margin - (distance - settings.extent_share * sides))
     if settings.pairwise == 0:
         return of_means
-    first, second = ((where.columns, where.rows)[axis] for where in (subject, object))
-    positions = _positions(first)
+    first_marginal, second_marginal = ((place.columns, place.rows)[axis] for place in (first, second))
+    positions = _positions(first_marginal)
     shortfall = torch.relu(margin - sign * (positions[:, None] - positions[None, :]))
-    of_pairs = ((first @ shortfall) * second).sum(dim=1)
+    of_pairs = ((first_marginal @ shortfall) * second_marginal).sum(dim=1)
     return (1 - settings.pairwise) * of_means + settings.pairwise * of_pairs

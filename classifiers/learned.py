@@ -1,4 +1,4 @@
-"""The trained network behind the RelationClassifier contract."""
+"""A trained RelationNetwork as a RelationClassifier."""
 from __future__ import annotations
 
 import copy
@@ -14,11 +14,13 @@ from .steps import StepMapping
 
 
 class LearnedClassifier(RelationClassifier):
-    """A RelationNetwork for inference: a frozen copy in eval mode, with its relations, map layout and steps.
+    """A frozen copy of a RelationNetwork in eval mode, with its relations, map layout and step mapping.
 
-    relations: names in the order of the logits; training: summary of how it was trained (JSON values); licence: its
-    terms in words. Weights are ordinary tensors even when made under `torch.inference_mode()`, as the host's nodes
-    run, so that gradients can pass through them.
+    relations: names in the order of the logits.
+    training: summary of the training, JSON values; licence: the licence's terms in words.
+    The weights are ordinary tensors even if the classifier is made in inference mode, in which the host runs nodes. A gradient
+    can therefore pass through them.
+    Raises ClassifierError where relations, layout or steps do not fit the network.
     """
 
     def __init__(self, network: RelationNetwork, relations: Sequence[str], layout: MapLayout, steps: StepMapping, *,
@@ -31,22 +33,24 @@ class LearnedClassifier(RelationClassifier):
         with torch.inference_mode(False):
             self.network = copy.deepcopy(network).eval().requires_grad_(False)
 
-    def logits(self, subject: Tensor, object: Tensor, progress: Tensor) -> Tensor:
-        """[B, C, size, size] twice, progress [B] -> [B, relations], float32 or the network's float64. See
-        RelationClassifier.logits."""
-        check_maps(self, subject, object)
-        channels, most = subject.shape[1], self.layout.max_channels
+    def logits(self, subject_maps: Tensor, object_maps: Tensor, progress: Tensor) -> Tensor:
+        """Two stacks [B, C, size, size], progress [B] -> [B, relations], in float32, or float64 if the network is float64.
+
+        See RelationClassifier.logits.
+        """
+        check_maps(self, subject_maps, object_maps)
+        channels, most = subject_maps.shape[1], self.layout.max_channels
         if channels != (self.layout.channels or channels) or channels > (most or channels):
             wanted = self.layout.channels or f"up to {most}"
             raise ClassifierError(f"Classifier {self.name!r} expects stacks of {wanted} maps; it got {channels}. Load "
                                   "a classifier trained for this model.")
         weight = self.network.relation_classifier.projection.weight
-        steps = self.steps.index(progress.expand(len(subject)).to(weight.device))
-        found = self.network(subject.to(weight), object.to(weight), steps)
-        return found.to(working_dtype(found))
+        steps = self.steps.index(progress.expand(len(subject_maps)).to(weight.device))
+        logits = self.network(subject_maps.to(weight), object_maps.to(weight), steps)
+        return logits.to(working_dtype(logits))
 
     def to(self, device: torch.device | str) -> LearnedClassifier:
-        """Moves itself."""
+        """Moves the network, and returns the same object."""
         with torch.inference_mode(False):
             self.network.to(device)
         return self

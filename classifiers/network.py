@@ -15,7 +15,7 @@ from ..files.faults import shown
 from .base import ClassifierError
 
 STEP_MODES = ("mid", "pre", "off")
-# Far above any real network; keeps a damaged config from building for ever.
+# Limits far above any real network: a damaged config must not build without end.
 _LARGEST = 65536
 _MOST_LAYERS = 64
 
@@ -24,8 +24,8 @@ _MOST_LAYERS = 64
 class ExtractorConfig:
     """Attention over the channels (layers x heads of the base model) of one object.
 
-    step_mode: "mid": the step embedding is added before every layer; "pre": once, before the first; "off": never.
-    use_mean: no attention at all, just the mean over the channels.
+    step_mode: "mid" adds the step embedding before every layer, "pre" before the first layer only, "off" never.
+    use_mean: takes the mean over the channels instead of attention.
     """
 
     nhead: int = 2
@@ -39,7 +39,7 @@ class ExtractorConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """From the two aggregated maps to logits. `mode` is carried along from published files; it changes nothing."""
+    """The head: from the two aggregated maps to logits. `mode` is kept from published files and has no effect."""
 
     nhead: int = 4
     num_layers: int = 2
@@ -51,9 +51,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Settings of the whole network; the defaults are the paper's for SD, `paper_config` gives FLUX's too.
+    """Settings of the whole network. The defaults are the paper's for SD; `paper_config` also gives those for FLUX.
 
-    num_timesteps: rows of the step embeddings; map_size: maps are [map_size, map_size]; d_model: width.
+    num_timesteps: number of rows of the step embeddings; map_size: each map is [map_size, map_size]; d_model: width.
+    Raises ClassifierError for a value out of range.
     """
 
     num_timesteps: int = 50
@@ -84,7 +85,7 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping) -> NetworkConfig:
-        """Reads the nested `config` of a published checkpoint. Raises ClassifierError naming the entry at fault."""
+        """Reads the nested `config` of a published checkpoint. Raises ClassifierError naming the invalid entry."""
         parts = {"extractor": _entry(config, "extractor", Mapping), "classifier": _entry(config, "classifier", Mapping)}
         extractor, head = parts["extractor"], parts["classifier"]
         step = _entry(extractor, "timestep_embedding", Mapping, "extractor.", default={"enable": False})
@@ -136,9 +137,9 @@ class RelationNetwork(nn.Module):
         self.object_extractor = None if config.extractor.use_mean else ObjectExtractor(config, input_channels)
         self.relation_classifier = RelationHead(config, num_relations)
 
-    def forward(self, subject: Tensor, object: Tensor, steps: Tensor) -> Tensor:
-        """subject, object: [B, C, map_size, map_size]; steps: [B] int64 -> logits [B, num_relations]."""
-        maps = torch.cat([subject, object]).flatten(2)
+    def forward(self, subject_maps: Tensor, object_maps: Tensor, steps: Tensor) -> Tensor:
+        """subject_maps, object_maps: [B, C, map_size, map_size]; steps: [B] int64 -> logits [B, num_relations]."""
+        maps = torch.cat([subject_maps, object_maps]).flatten(2)
         if self.object_extractor is None:
             aggregated = maps.mean(dim=1)
         else:
@@ -178,7 +179,7 @@ class ObjectExtractor(nn.Module):
 
 
 class RelationHead(nn.Module):
-    """The two aggregated maps, flattened together [B, 2 x cells], and step indices [B] -> logits [B, relations]."""
+    """Two aggregated maps, concatenated to [B, 2 x cells], and step indices [B] -> logits [B, relations]."""
 
     def __init__(self, config: NetworkConfig, num_relations: int) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class RelationHead(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Adds a sinusoidal code to each place of a sequence [B, L, width], L up to `length`; kept in the state dict."""
+    """Adds a sinusoidal position code to a sequence [B, L, width], L <= `length`. The table is part of the state dict."""
 
     def __init__(self, length: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -220,7 +221,7 @@ class PositionTable(nn.Module):
 
 
 class EncoderLayers(nn.Module):
-    """Pre-norm transformer layers, each with its own start weights; whoever holds them loops over `layers`."""
+    """Pre-norm transformer layers, each initialised separately. The caller loops over `layers`."""
 
     def __init__(self, width: int, count: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -230,7 +231,7 @@ class EncoderLayers(nn.Module):
 
 
 def _entry(config: Mapping, name: str, kind: type, path: str = "", **fallback):
-    """`config[name]` as `kind`, or `fallback["default"]`; ClassifierError where it is missing or of another kind."""
+    """`config[name]` as `kind`, or `fallback["default"]`. Raises ClassifierError if it is missing or of another type."""
     if name not in config:
         if "default" in fallback:
             return fallback["default"]

@@ -1,7 +1,8 @@
-"""Reads what `torch.save` wrote as data: tensors and plain values, out of a pickle of which nothing is run.
+"""Reads a file written by `torch.save` as data: tensors and plain values. Nothing in the pickle is run.
 
-`torch.load(weights_only=True)` would follow a numpy dtype's own offsets into foreign memory, expand tensors, and read numbers
-without bound. Here a tensor or array is built from its shape, the name of a plain numeric type, and bytes that are counted.
+`torch.load(weights_only=True)` would follow the offsets of a numpy dtype outside of the buffer, expand tensors, and read
+integers of any length. Here a tensor or array is built from its shape, the name of a plain numeric type, and a checked number
+of bytes.
 """
 from __future__ import annotations
 
@@ -22,14 +23,15 @@ from ..files.pickles import LARGEST_PICKLE, Call, Name, Pickle, Reference, read_
 from ..files.reading import faults_named
 
 UNPACKED = 2
-"""Times the file's size: what its entries, and its weights as float32, may take. A network is held twice for a moment."""
+"""Memory limit of the entries, and of the weights as float32, in multiples of the file's size."""
 ALLOWANCE = 2 ** 20
+"""Bytes added to that limit, for small files."""
 MOST_PLAIN = 2 ** 19
-"""Cost of the plain values of an entry: 8 each, and 1 for each character of a text."""
+"""Limit on the plain values of a file: each value costs 8, each character of a text 1 more."""
 _DEEPEST = 32
 _MOST_AXES = 16
 _LONGEST_AXIS = 65536
-"""Of a tensor without elements."""
+"""Longest axis of a tensor without elements."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
@@ -59,21 +61,21 @@ _ANOTHER_FILE = "the file is cut off or not a PyTorch checkpoint"
 
 
 class ForeignCode(FileFault):
-    """A pickle refers to code, or to types that hold more than data."""
+    """A pickle refers to code, or to a type that is not plain data."""
 
 
 @dataclass
 class Checkpoint:
-    """What `torch.save` wrote: inert data, and the bytes of its tensors. size: of the file, in bytes."""
+    """The content of a file: inert data, and the bytes of each tensor storage by key. size: of the file, in bytes."""
 
     content: object
     storages: Mapping[str, bytearray]
     size: int
 
     def weights(self, entries: Mapping) -> dict[str, object]:
-        """The tensors of a state dict, on the CPU; what is no dense tensor of a known type stays as it is.
+        """The tensors of a state dict, on the CPU. An entry that is no dense tensor of a known type stays as it is.
 
-        Their elements are summed, and held against the bytes behind them, before the first is made.
+        Raises FileFault before any tensor is made if all of them together exceed the memory limit.
         """
         names = {str(name) if isinstance(name, (str, int)) else "": value for name, value in entries.items()}
         plans = {name: self._plan(value) for name, value in names.items()}
@@ -83,11 +85,11 @@ class Checkpoint:
         return {name: names[name] if plan is None else plan.build() for name, plan in plans.items()}
 
     def kind(self, value: object) -> str:
-        """In a word."""
+        """The type of a value in one word, for messages."""
         return type(value).__name__ if not isinstance(value, Call) else "Tensor" if self._plan(value) else "object"
 
     def plain(self, value: object) -> object:
-        """`value` in JSON's types: arrays and small tensors become lists, what JSON cannot hold its text."""
+        """`value` in JSON's types. Arrays and small tensors become lists; values that JSON cannot hold become text."""
         return _Plain(self).of(value, 0)
 
     def _plan(self, value: object, depth: int = 0) -> _TensorPlan | None:
@@ -117,7 +119,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _TensorPlan:
-    """A tensor before it is made: a view of `content`, all of whose elements lie within it and are there once."""
+    """A tensor before it is built: a view of `content`. Raises FileFault where it would reach beyond or repeat elements."""
 
     content: bytearray
     dtype: torch.dtype
@@ -126,11 +128,11 @@ class _TensorPlan:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        there = len(self.content) // self.dtype.itemsize
+        available = len(self.content) // self.dtype.itemsize
         count = math.prod(self.shape)
         last = self.offset + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=False))
-        if len(self.shape) != len(self.stride) or max(self.shape, default=0) > max(there, _LONGEST_AXIS) or (
-                count and (count > there or last >= there)):
+        if len(self.shape) != len(self.stride) or max(self.shape, default=0) > max(available, _LONGEST_AXIS) or (
+                count and (count > available or last >= available)):
             raise FileFault("a tensor in it says that it has more elements than there are numbers")
 
     def build(self) -> Tensor:
@@ -142,7 +144,7 @@ class _TensorPlan:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A numpy array or, without axes, scalar before it is made."""
+    """A numpy array before it is built. A scalar has no axes."""
 
     dtype: numpy.dtype
     shape: tuple[int, ...]
@@ -151,7 +153,7 @@ class _Numbers:
 
 
 class _Plain:
-    """Turns inert data into JSON's types; values that are there by reference count each time."""
+    """Turns inert data into JSON's types. A value that is referred to several times costs each time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._left = checkpoint, MOST_PLAIN
@@ -217,7 +219,7 @@ class _Plain:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises ForeignCode naming what is no data, FileFault for everything else that is wrong."""
+    """Reads a file. Raises ForeignCode naming the types that are not data, FileFault for a damaged or foreign file."""
     with faults_named():
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -246,12 +248,12 @@ def _read_zip(path: Path, size: int) -> Checkpoint:
 
 
 def _read_legacy(path: Path, size: int) -> Checkpoint:
-    """The format before PyTorch 1.6: several pickles, then the numbers of each storage behind their count."""
+    """The format before PyTorch 1.6: several pickles, then each storage, preceded by its number of elements."""
     with faults_named(), path.open("rb") as file:
         stream = io.BytesIO(file.read(LARGEST_PICKLE))
         if _begins_as(stream) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
             raise FileFault(_ANOTHER_FILE)
-        read_pickle(stream)  # of the machine that wrote it
+        read_pickle(stream)  # describes the machine that wrote the file
         pickle = _without_code(read_pickle(stream))
         wanted, keys = _storages(pickle), read_pickle(stream).value
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(wanted):
@@ -268,7 +270,7 @@ def _read_legacy(path: Path, size: int) -> Checkpoint:
 
 
 def _begins_as(stream: io.BytesIO) -> tuple[object, object]:
-    """The values of the first two pickles. A bare pickle has one; what it refers to is named before it is refused."""
+    """The values of the first two pickles. A file of one bare pickle is refused; foreign code in it is named first."""
     try:
         return _without_code(read_pickle(stream)).value, read_pickle(stream).value
     except ForeignCode:
@@ -284,7 +286,7 @@ def _without_code(pickle: Pickle) -> Pickle:
 
 
 def _storages(pickle: Pickle) -> dict[str, tuple[torch.dtype | None, int]]:
-    """Type and count of each storage that the pickle refers to; None: bytes without a type."""
+    """Type and number of elements of each storage that the pickle refers to. Type None means untyped bytes."""
     found: dict[str, tuple[torch.dtype | None, int]] = {}
     for reference in pickle.references:
         key, dtype, count = _storage(reference)
@@ -294,7 +296,7 @@ def _storages(pickle: Pickle) -> dict[str, tuple[torch.dtype | None, int]]:
 
 
 def _storage(reference: Reference) -> tuple[str, torch.dtype | None, int]:
-    """Key, type and count of elements."""
+    """Key, type and number of elements of a storage."""
     identity = reference.identity
     if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage" and isinstance(identity[1], Name)
             and isinstance(identity[2], str) and len(identity[2]) <= 100):
@@ -306,7 +308,7 @@ def _storage(reference: Reference) -> tuple[str, torch.dtype | None, int]:
 
 
 def _dtype(value: object) -> numpy.dtype:
-    """A plain numeric type, or text, from its code and byte order alone."""
+    """A plain numeric type or text, built from its code and byte order alone."""
     if not (isinstance(value, Call) and value.name == "numpy.dtype" and value.arguments):
         raise FileFault("the type of an array in it is damaged")
     code, state = value.arguments[0], value.state
@@ -331,7 +333,7 @@ def _array(call: Call) -> _Numbers:
 
 
 def _text(numbers: _Numbers) -> str:
-    """A numpy string; numpy itself does not check its letters."""
+    """A numpy string, decoded here because numpy does not check its code points."""
     if numbers.shape:
         raise FileFault("the file holds an array of texts")
     try:
@@ -341,7 +343,7 @@ def _text(numbers: _Numbers) -> str:
 
 
 def _bytes(value: object) -> bytes:
-    """Bytes, which the protocol of torch.save writes as a text of Latin-1."""
+    """Bytes. torch.save's pickle protocol stores them as Latin-1 text."""
     if isinstance(value, Call) and value.name == "_codecs.encode" and value.arguments[1:] in (("latin1",), ("latin-1",)) \
             and isinstance(value.arguments[0], str) and all(ord(letter) < 256 for letter in value.arguments[0]):
         return value.arguments[0].encode("latin-1")

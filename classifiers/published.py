@@ -1,6 +1,6 @@
-"""The published checkpoint format (docs/method.md, "Published checkpoints"): what each entry of the pickled dict means.
+"""The published checkpoint format (docs/method.md, "Published checkpoints"): interprets the entries of the pickled dict.
 
-pickled.py reads the pickle as data; here every entry is checked when it is read.
+pickled.py reads the pickle as data. This module checks every entry that it uses.
 """
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _LONGEST_NAME = 200
 def read_published(path: Path, backbone: str | None, relations: Sequence[str] | None) -> dict[str, Any]:
     """The fields of checkpoint.ClassifierFile, by name.
 
-    backbone, relations: used in place of what the file says or what is guessed from it.
+    backbone, relations: override those of the file, or the guess.
+    Raises ClassifierError for a file that is damaged, holds code or is no relation classifier.
     """
     checkpoint = _read(path)
     try:
@@ -77,7 +78,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _bare(name: str) -> str:
-    """A weight's name without what DataParallel and torch.compile put in front of it."""
+    """A weight's name without the prefixes of DataParallel and torch.compile."""
     for prefix in ("_orig_mod.", "module."):
         name = name.removeprefix(prefix)
     return name
@@ -106,7 +107,7 @@ def _relations(content: Mapping) -> tuple[str, ...]:
 
 
 def _input_channels(content: Mapping, weights: Mapping, config: NetworkConfig) -> int:
-    """Length of the position table: the table itself says it, else the entry of that name."""
+    """Length of the position table: from the table itself or, without one, from the entry input_channels."""
     table = weights.get("object_extractor.positional_encoding.pe")
     if isinstance(table, Tensor) and table.numel() and table.numel() % config.d_model == 0:
         return table.numel() // config.d_model
@@ -128,7 +129,7 @@ def _steps(training: Mapping, config: NetworkConfig) -> StepMapping:
 
 
 def _whole(value: object, place: str, most: int = 2 ** 31) -> int:
-    """Also of a number that was written with a decimal point."""
+    """A whole number from 0 to `most`, also if written as a float (5.0). Raises FileFault naming `place`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not 0 <= value <= most:
         raise FileFault(f"{place} is {shown(value)}, but must be a whole number from 0 to {most}")
     return int(value)
@@ -140,7 +141,7 @@ def _layout(path: Path, content: Mapping, training: Mapping, config: NetworkConf
              if isinstance(group.get(key), str)]
     stated = backbone or _backbone_by_name(words)
     backbone = stated or _guessed_backbone(path, config)
-    # SD's layers have several resolutions, so its maps are always resized, and then divided by their sum.
+    # SD's layers have several resolutions, so its maps are always resized and therefore divided by their sum.
     native = backbone == "mmdit" and _native(training, config)
     channels = None
     if backbone == "mmdit":
@@ -164,7 +165,7 @@ def _backbone_by_name(words: Sequence[str]) -> str | None:
 
 
 def _guessed_backbone(path: Path, config: NetworkConfig) -> str | None:
-    """From the file's name, else the depth that the paper gives each family."""
+    """The backbone by the file's name or, failing that, by the network's depth, which differs between the paper's families."""
     named = _backbone_by_name([path.stem])
     if named is not None:
         return named
@@ -175,7 +176,7 @@ def _guessed_backbone(path: Path, config: NetworkConfig) -> str | None:
 
 
 def _native(training: Mapping, config: NetworkConfig) -> bool:
-    """Whether the maps it was trained on had the classifier's resolution already, and so stayed raw."""
+    """Whether the training maps had the classifier's own resolution and were therefore not normalised."""
     size = training.get("orig_map_size")
     if size is None:
         return training.get("num_timesteps", config.num_timesteps) == 4

@@ -1,6 +1,6 @@
-"""What only developers need: the command line, servers for tests, benchmarks, training of the small models, workflows.
+"""Tools for developers: command line, servers for tests, benchmarks, training of the small models, workflow writer.
 
-Importing it makes the repository importable as `learn_to_steer`, the one name that the pack has outside a ComfyUI server.
+Importing this package makes the repository importable as `learn_to_steer`, the pack's only name outside a ComfyUI server.
 """
 from __future__ import annotations
 

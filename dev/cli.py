@@ -1,13 +1,13 @@
-"""Everything a developer or a curious user needs, with the standard library alone.
+"""The command line for developers and curious users. Uses the standard library only.
 
     python dev.py demo      make one picture without and one with steering, in a real ComfyUI
-    python dev.py test      run all tests; further words go to pytest. --host VERSION: on another ComfyUI
+    python dev.py test      run all tests; further arguments go to pytest. --host VERSION: on another ComfyUI
     python dev.py serve     leave a ComfyUI with this pack running, for the browser
     python dev.py bench     measure: accuracy ..., cost ...; prints a table, writes JSON
     python dev.py run ...   run Python in the environment, e.g. run -m dev.toyworld.train --help
 
-The first start builds an environment in a cache folder (virtual environment + the pinned ComfyUI);
-its name is a hash of everything that is pinned, so all clones share it and a second start takes seconds.
+The first start builds an environment (a virtual environment and the pinned ComfyUI) in a cache folder. The folder's name is
+a hash of all pins, so all clones share it and a second start takes seconds.
 With --comfyui PATH (or the variable COMFYUI_PATH) an existing installation is used instead.
 """
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .server import Server
 from .workflow import WorkflowError
 
 DEMO_WORKFLOW = ROOT / "workflows" / "toyworld_steering.json"
-PASSING_ON = ("test", "run", "bench")  # commands whose unknown words go to another program
+PASSING_ON = ("test", "run", "bench")  # commands that pass unknown arguments to another program
 
 
 def command_run(env: Environment, arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def command_bench(env: Environment, arguments: argparse.Namespace) -> int:
 
 def command_serve(env: Environment, arguments: argparse.Namespace) -> int:
     clone = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-    base = cache_folder() / f"serve-{clone}"  # kept: pictures and workflows made in the browser are the user's
+    base = cache_folder() / f"serve-{clone}"  # kept: it holds the user's pictures and workflows
     server = Server(env.python, env.host, base=base, port=arguments.port, host_models=not env.pinned)
     try:
         demo.start(server)
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=[shared], help=text, description=text, allow_abbrev=False,
-                                    add_help=name not in ("bench", "run"))  # there --help is the other program's
+                                    add_help=name not in ("bench", "run"))  # --help is for the other program
         added.set_defaults(run=run, fresh=False, host=None)
         return added
 
@@ -119,7 +119,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    # a polite kill unwinds like Ctrl-C does, so that no server is left behind
+    # SIGTERM unwinds like Ctrl-C, so that no server is left running
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     comfyui = arguments.comfyui or (None if arguments.fresh or arguments.host else os.environ.get("COMFYUI_PATH"))
     try:

@@ -1,4 +1,4 @@
-"""Talks to a running ComfyUI: posts a prompt, follows it node by node, fetches what it made; standard library only."""
+"""A client of a running ComfyUI: posts a prompt, follows its progress, fetches the results. Standard library only."""
 from __future__ import annotations
 
 import http.client
@@ -17,7 +17,7 @@ from .websocket import WebSocket, WebSocketClosed
 
 @dataclass(frozen=True)
 class NodeError:
-    """What one node complained about. `input` is the name of the input at fault, or "" where none is known."""
+    """An error of one node. input: name of the invalid input, or "" if unknown."""
 
     node_id: str
     node_type: str
@@ -30,11 +30,11 @@ class NodeError:
 
 
 class ServerError(Exception):
-    """Something went wrong at the server.
+    """A request to the server failed.
 
-    `kind`: "start" (it did not come up), "connection" (it cannot be reached, or it died), "validation" (it refused the
-    prompt), "execution" (a node failed while running), "interrupted", "timeout" or "missing" (no such file or prompt).
-    `errors`: the nodes at fault, for "validation", "execution" and "interrupted".
+    kind: "start" (the server did not start), "connection" (it cannot be reached, or it died), "validation" (it refused the
+        prompt), "execution" (a node failed), "interrupted", "timeout" or "missing" (no such file or prompt).
+    errors: the nodes that failed, for "validation", "execution" and "interrupted".
     """
 
     def __init__(self, kind: str, message: str, errors: tuple[NodeError, ...] = (), traceback: str = ""):
@@ -47,7 +47,7 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class PromptProgress:
-    """A sign of life of a running prompt: node `node_id` began (`value` None), or is at `value` of `maximum`."""
+    """Progress of a running prompt: node `node_id` began (value None), or is at `value` of `maximum`."""
 
     node_id: str
     node_type: str
@@ -60,7 +60,7 @@ class PromptProgress:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished prompt. `outputs`: per node id what it sent to the page, e.g. `{"images": [...], "text": [...]}`."""
+    """A finished prompt. outputs: node id -> the node's output to the page, e.g. `{"images": [...], "text": [...]}`."""
 
     prompt_id: str
     prompt: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Result:
     seconds: float
 
     def images(self, node_id: str | None = None) -> list[dict[str, str]]:
-        """Records of the pictures, in the order of the nodes; give one to `Client.image` for the file's bytes."""
+        """Records of the pictures, in node order. `Client.image` returns the file of a record."""
         return [image for key, output in self.outputs.items() if node_id in (None, key)
                 for image in output.get("images", [])]
 
@@ -86,7 +86,7 @@ class Client:
     client_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def request(self, path: str, data: Any = None, timeout: float = 60.0) -> bytes:
-        """GET, or POST of `data` as JSON where there is some."""
+        """Sends a GET request or, with `data`, a POST request with JSON."""
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.address + path, body, {"Content-Type": "application/json"})
         try:
@@ -102,13 +102,13 @@ class Client:
         return json.loads(self.request(path, timeout=timeout))
 
     def object_info(self, node_type: str = "") -> dict[str, Any]:
-        """The node types the server knows, as `{type: description}`; all, or the one named."""
+        """The server's node types, `{type: description}`: all, or the named one."""
         return self.get("/object_info" + (f"/{urllib.parse.quote(node_type)}" if node_type else ""))
 
     def submit(self, prompt: Mapping[str, Any]) -> str:
-        """Queues a prompt in API format; returns its id. A refusal is a ServerError of kind "validation".
+        """Queues a prompt in API format. Returns its id. Raises ServerError of kind "validation" for a refused prompt.
 
-        The server would run a prompt of which only some outputs are valid; here that is a refusal too.
+        The server would run a prompt if some of its outputs are valid; here such a prompt counts as refused.
         """
         body = self.request("/prompt", {"prompt": prompt, "client_id": self.client_id})
         answer = json.loads(body)
@@ -120,20 +120,20 @@ class Client:
         return prompt_id
 
     def interrupt(self) -> None:
-        """Stops the prompt that is running."""
+        """Interrupts the running prompt."""
         self.request("/interrupt", {})
 
     def free(self) -> None:
-        """Has the server forget all models and cached results (before its next prompt)."""
+        """Makes the server drop all models and cached results before its next prompt."""
         self.request("/free", {"unload_models": True, "free_memory": True})
 
     def image(self, record: Mapping[str, str]) -> bytes:
-        """The file behind a record of `Result.images`."""
+        """Content of the file of a record in `Result.images`."""
         return self.request("/view?" + urllib.parse.urlencode(
             {key: record[key] for key in ("filename", "subfolder", "type") if key in record}))
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
-        """The server's record of a prompt, once it has ended."""
+        """The server's history entry of a prompt that has ended."""
         return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def run(self, prompt: Mapping[str, Any], on_progress: Callable[[PromptProgress], None] | None = None,
@@ -162,7 +162,7 @@ class Client:
                 except (WebSocketClosed, OSError) as error:
                     raise ServerError("connection", f"The server went away while the prompt ran: {error}") from None
                 if message is None or (isinstance(message, str) and follower.ended(json.loads(message))):
-                    entry = self.history(prompt_id)  # silence: perhaps the end was announced to someone else
+                    entry = self.history(prompt_id)  # no message: the end may have been sent to another client
         return finished(entry, prompt_id, prompt, time.monotonic() - began)
 
 
@@ -176,7 +176,7 @@ class Follower:
         self.begun: set[str] = set()
 
     def ended(self, message: Mapping[str, Any]) -> bool:
-        """Reports the message where it is progress; True where the prompt is over."""
+        """Handles a message: reports progress. Returns True if the prompt has ended."""
         kind, data = message["type"], message.get("data") or {}
         if data.get("prompt_id") != self.prompt_id:
             return False
@@ -198,7 +198,7 @@ class Follower:
 
 
 def finished(entry: Mapping[str, Any], prompt_id: str, prompt: Mapping[str, Any], seconds: float) -> Result:
-    """The result in a history entry, or its error raised."""
+    """The result in a history entry. Raises ServerError if the prompt failed."""
     status = entry.get("status") or {}
     for kind, data in status.get("messages", []):
         if kind not in ("execution_error", "execution_interrupted"):
@@ -215,7 +215,7 @@ def finished(entry: Mapping[str, Any], prompt_id: str, prompt: Mapping[str, Any]
 
 
 def refusal(path: str, code: int, body: bytes) -> ServerError:
-    """What an HTTP error says, node by node where it is a refused prompt."""
+    """The ServerError for an HTTP error; for a refused prompt it lists the errors of each node."""
     try:
         answer = json.loads(body)
         error = answer["error"]
@@ -228,7 +228,7 @@ def refusal(path: str, code: int, body: bytes) -> ServerError:
 
 
 def node_errors(answer: Mapping[str, Any]) -> tuple[NodeError, ...]:
-    """The complaints in the server's answer to a prompt."""
+    """The node errors in the server's answer to a prompt."""
     return tuple(
         NodeError(node_id, node["class_type"], join(error.get("message"), error.get("details")),
                   (error.get("extra_info") or {}).get("input_name") or "")

@@ -1,4 +1,4 @@
-"""The demonstration: one shipped workflow through a real server, its pictures saved, and what they show."""
+"""The demonstration: runs a shipped workflow on a real server, saves its pictures, and prints what they show."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,7 @@ PREFIX = "learn_to_steer/"  # of the file names that the workflow's SaveImage no
 
 
 class ProgressPrinter:
-    """Shows a running prompt: one line per node; its bar on the same line in a terminal, in quarters elsewhere."""
+    """Prints progress: one line per node, with a bar in a terminal, else in quarters."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
@@ -50,7 +50,7 @@ class ProgressPrinter:
 
 
 def start(server: Server) -> None:
-    """Starts a server with words about it. Raises Failure where it runs but without this pack."""
+    """Starts a server and prints its state. Raises Failure if the server did not load this pack."""
     say("starting ComfyUI")
     began = time.monotonic()
     server.start(waiting=lambda seconds: say(f"    {seconds:.0f} s") if seconds % 15 < 0.5 and seconds > 1 else None)
@@ -82,7 +82,7 @@ def make_pictures(server: Server, workflow: Path, out: Path, prompt_text: str | 
 
 
 def read_workflow(server: Server, workflow: Path, prompt_text: str | None, seed: int | None) -> tuple[dict, str]:
-    """The workflow in API format, with another prompt and seed where they are given, and the prompt's text."""
+    """The workflow in API format, with the given prompt and seed, if any, and the prompt's text."""
     object_info = server.client.object_info()
     prompt = to_prompt(json.loads(workflow.read_text(encoding="utf-8")), object_info)
     if prompt_text is not None:
@@ -93,7 +93,7 @@ def read_workflow(server: Server, workflow: Path, prompt_text: str | None, seed:
 
 
 def save_pictures(server: Server, result: Result, out: Path) -> dict[str, Path]:
-    """Writes what the workflow's SaveImage nodes made as `NAME.png`, NAME being the end of their file name prefix."""
+    """Writes the pictures of the workflow's SaveImage nodes as `NAME.png`; NAME is the last part of the file name prefix."""
     out.mkdir(parents=True, exist_ok=True)
     files = {}
     for node_id, node in result.prompt.items():

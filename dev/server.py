@@ -1,4 +1,4 @@
-"""Starts and stops a real ComfyUI with this pack linked in, in a folder of its own; standard library only."""
+"""Starts and stops a real ComfyUI with this pack linked in, in its own folder. Standard library only."""
 from __future__ import annotations
 
 import contextlib
@@ -26,12 +26,14 @@ FILES = {"user/default/comfy.settings.json": '{"Comfy.TutorialCompleted": true}'
 
 
 class Server:
-    """A ComfyUI process. Use as a context manager: it is up inside, and ended on the way out, however that happens.
+    """A ComfyUI process, as a context manager: it runs inside and always ends on exit.
 
-    `base` is the folder for models, inputs, outputs, the user's settings and the log; without one a temporary folder is
-    made and removed at the end. The host's own folder is not written to. `host_models`: also offer the models that lie
-    there. `extra`: further words for ComfyUI's command line. `pack`: None for a ComfyUI without this pack. `variables`:
-    further environment variables.
+    base: folder for models, inputs, outputs, the user's settings and the log; by default a temporary folder, removed at the end.
+        Nothing is written to the host's own folder.
+    host_models: also offer the models in the host's folder.
+    extra: further arguments for ComfyUI's command line.
+    pack: None for a ComfyUI without this pack.
+    variables: further environment variables.
     """
 
     def __init__(self, python: Path, host: Path, base: Path | None = None, port: int | None = None,
@@ -66,9 +68,9 @@ class Server:
         self.stop()
 
     def start(self, timeout: float = 300.0, waiting: Callable[[float], None] = lambda seconds: None) -> None:
-        """Starts the process and waits until it answers; calls `waiting(seconds)` twice a second meanwhile.
+        """Starts the process and waits until it answers. Calls `waiting(seconds)` twice a second meanwhile.
 
-        Raises ServerError of kind "start", with the end of the log in its text.
+        Raises ServerError of kind "start", with the end of the log in the message.
         """
         prepare_base(self.base, self._pack)
         if port_taken(self.port):
@@ -77,7 +79,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=self.base,
                 env={**child_variables(), **self._variables},
-                start_new_session=True)  # Ctrl-C comes to us alone, and `stop` ends it in order
+                start_new_session=True)  # only we receive Ctrl-C; `stop` then ends the process cleanly
         began = time.monotonic()
         while True:
             time.sleep(0.5)
@@ -95,13 +97,13 @@ class Server:
             waiting(seconds)
 
     def stop(self) -> None:
-        """Ends the process, gently first. May be called at any time, more than once."""
+        """Ends the process: first asks, then kills. May be called at any time and repeatedly."""
         if self._process is not None:
             try:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(10)
-            finally:  # also when Ctrl-C is pressed once more
+            finally:  # also after another Ctrl-C
                 self._process.kill()
                 self._process.wait()
                 self._process = None
@@ -121,7 +123,7 @@ class Server:
         return "\n".join([f"--- the end of its log ({self.log}):", *self.log_text().splitlines()[-lines:], "---"])
 
     def failed_imports(self) -> list[str]:
-        """Lines of the log that say a pack did not load."""
+        """Lines of the log about packs that failed to load."""
         return [line for line in self.log_text().splitlines()
                 if "IMPORT FAILED" in line or "Cannot import" in line]
 
@@ -138,7 +140,7 @@ class Server:
 
 
 def prepare_base(base: Path, pack: Path | None = ROOT) -> None:
-    """The folders ComfyUI expects, the page's files for a first visit, and a link to the pack."""
+    """Makes the folders that ComfyUI expects, the page's files for a first visit, and a link to the pack."""
     for name in FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
     for name, content in FILES.items():
@@ -149,7 +151,7 @@ def prepare_base(base: Path, pack: Path | None = ROOT) -> None:
         return
     link = base / "custom_nodes" / PACK
     if sys.platform == "win32":
-        import _winapi  # a junction needs no rights, a symbolic link does
+        import _winapi  # a junction needs no privileges, a symbolic link does
 
         _winapi.CreateJunction(str(pack), str(link))
     else:
@@ -157,16 +159,16 @@ def prepare_base(base: Path, pack: Path | None = ROOT) -> None:
 
 
 def unlink_pack(base: Path) -> None:
-    """Removes the link and never what it points at (on Windows a recursive delete would follow the junction)."""
+    """Removes the link, never its target. On Windows a recursive delete would follow the junction."""
     link = base / "custom_nodes" / PACK
     if link.is_symlink():
         link.unlink()
     elif link.exists():
-        os.rmdir(link)  # a junction; refuses a real folder with something in it
+        os.rmdir(link)  # a junction; os.rmdir refuses a real, non-empty folder
 
 
 def write_model_paths(host: Path, base: Path) -> Path:
-    """A configuration with which the models of an existing installation are found from another base folder."""
+    """Writes a configuration that makes the models of an existing installation available from another base folder."""
     lines = ["existing_installation:", f"    base_path: {json.dumps(str(host / 'models'))}"]
     lines += [f"    {folder.name}: {json.dumps(folder.name)}" for folder in sorted((host / "models").iterdir())
               if folder.is_dir() and folder.name != "configs"]
@@ -176,7 +178,7 @@ def write_model_paths(host: Path, base: Path) -> Path:
 
 
 def has_accelerator(python: Path) -> bool:
-    """Whether ComfyUI can do without `--cpu`: a Mac, or a CUDA device that the environment's PyTorch can use."""
+    """Whether ComfyUI runs without `--cpu`: on a Mac, or with a CUDA device that the environment's PyTorch can use."""
     if sys.platform == "darwin":
         return True
     if shutil.which("nvidia-smi") is None:

@@ -14,7 +14,7 @@ class WebSocketClosed(ConnectionError):
 
 
 class WebSocket:
-    """Opens `ws://host:port{path}`; `receive` gives one message at a time."""
+    """A connection to `ws://host:port{path}`. `receive` returns one message at a time."""
 
     def __init__(self, host: str, port: int, path: str, timeout: float = 30.0):
         self._socket = socket.create_connection((host, port), timeout=timeout)
@@ -41,9 +41,9 @@ class WebSocket:
         self._socket.close()
 
     def receive(self, timeout: float) -> str | bytes | None:
-        """The next message, text as str and binary as bytes; None if none was complete after `timeout` seconds.
+        """The next message, text as str and binary as bytes; None if none is complete within `timeout` seconds.
 
-        Pings are answered on the way. Raises WebSocketClosed at the end of the connection.
+        Answers pings meanwhile. Raises WebSocketClosed at the end of the connection.
         """
         self._socket.settimeout(timeout)
         try:
@@ -53,7 +53,7 @@ class WebSocket:
 
     def _message(self) -> str | bytes:
         while True:
-            frames, size = self._frames()  # nothing is taken off the buffer before a message is whole
+            frames, size = self._frames()  # the buffer keeps everything until a message is complete
             kind, parts = frames[0][0], b"".join(payload for _, payload in frames)
             self._buffer = self._buffer[size:]
             if kind == CLOSE:
@@ -66,7 +66,7 @@ class WebSocket:
                 return parts
 
     def _frames(self) -> tuple[list[tuple[int, bytes]], int]:
-        """One control frame, or all frames of one message, and how many bytes of the buffer they are."""
+        """One control frame, or all frames of one message, and their length in the buffer, in bytes."""
         frames: list[tuple[int, bytes]] = []
         position = 0
         while True:
@@ -104,6 +104,6 @@ class WebSocket:
         self._buffer += chunk
 
     def _send(self, kind: int, payload: bytes) -> None:
-        mask = os.urandom(4)  # a client must mask what it sends
+        mask = os.urandom(4)  # RFC 6455: a client masks its frames
         masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
         self._socket.sendall(struct.pack("!BB", 0x80 | kind, 0x80 | len(payload)) + mask + masked)

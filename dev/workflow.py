@@ -1,9 +1,9 @@
-"""Turns a workflow as the ComfyUI page saves it (graph of boxes) into the prompt that the server runs (API format).
+"""Converts a workflow saved by the ComfyUI page (nodes and links) to a prompt for the server (API format).
 
-The page does this in the browser; here it is done from the file and the server's `/object_info` alone. Widget
-values lie in the file as a bare list, so their names come from the order of the inputs in `/object_info`.
-Not done: prompt wildcards (`{a|b}`), text replacements in file names, fields that a pack's own JavaScript adds (3D
-viewers, webcam), subgraphs and group nodes (refused).
+The page converts in the browser. This module needs only the file and the server's `/object_info`. Saved widget values have no
+names; their names follow from the order of the inputs in `/object_info`.
+Not supported: prompt wildcards (`{a|b}`), text replacements in file names, and fields added by a pack's own JavaScript (3D
+viewers, webcam). Subgraphs and group nodes are refused.
 """
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ EMPTY = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "IMAGECOMPARE":
 
 
 class WorkflowError(ValueError):
-    """The workflow cannot be turned into a prompt; the text names the node and says what to do."""
+    """The workflow cannot be converted to a prompt; the message names the node and says what to do."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One input of a node type as `/object_info` describes it. `type` is "COMBO" for both ways to write a choice."""
+    """One input of a node type, from `/object_info`. type: "COMBO" for both notations of a choice."""
 
     name: str
     type: str
@@ -34,14 +34,14 @@ class Spec:
 
     @property
     def is_widget(self) -> bool:
-        """Whether the page shows a field for it (otherwise only a socket)."""
+        """Whether the page shows a field for the input, not only a socket."""
         if self.options.get("forceInput"):
             return False
         return self.options.get("widgetType", self.type) in WIDGET_TYPES or self.type == "COMFY_DYNAMICCOMBO_V3"
 
     @property
     def has_control(self) -> bool:
-        """Whether a "control after generate" field follows, which takes one more saved value."""
+        """Whether a "control after generate" field follows, which has a saved value of its own."""
         if self.type not in ("INT", "COMBO"):
             return False
         named_seed = self.type == "INT" and self.name in ("seed", "noise_seed")
@@ -57,7 +57,7 @@ class Spec:
 
 def input_specs(inputs: Mapping[str, Any], order: Mapping[str, Sequence[str]] | None = None,
                 prefix: str = "") -> list[Spec]:
-    """The inputs of a node type, required ones first, in the order in which the page lays out their fields."""
+    """The inputs of a node type in the page's order, required ones first."""
     specs = []
     for section in ("required", "optional"):
         entries = inputs.get(section) or {}
@@ -71,14 +71,14 @@ def input_specs(inputs: Mapping[str, Any], order: Mapping[str, Sequence[str]] | 
 
 
 def widget_values(specs: Sequence[Spec], saved: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Names the saved values. Missing ones at the end get their default; surplus ones are ignored, as on the page."""
+    """Saved values by name. As on the page, missing values at the end get their default and surplus values are ignored."""
     if isinstance(saved, Mapping):
         return {spec.name: saved.get(spec.name, spec.default) for spec in specs if spec.is_widget}
     return _read_values(specs, iter(_without_forced(specs, list(saved or []))))
 
 
 def _without_forced(specs: Sequence[Spec], saved: list[Any]) -> list[Any]:
-    """Old pages also saved a value for inputs that are sockets by `forceInput`; the page of today drops it."""
+    """The saved values without those of `forceInput` sockets, which old pages saved and the current page drops."""
     forced: list[bool] = []
     for spec in specs:
         if spec.is_widget or spec.options.get("forceInput"):
@@ -100,7 +100,7 @@ def _read_values(specs: Sequence[Spec], saved: Iterator[Any]) -> dict[str, Any]:
             values |= _read_values(input_specs(options.get(key, {}), prefix=spec.name + "."), saved)
             continue
         value = next(saved, spec.default)
-        if isinstance(value, list):  # a bare list would read as a link
+        if isinstance(value, list):  # a bare list would be taken for a link
             value = {"__type__": "CURVE", "__value__": value} if spec.type == "CURVE" else {"__value__": value}
         values[spec.name] = value
         if spec.has_control:
@@ -110,13 +110,13 @@ def _read_values(specs: Sequence[Spec], saved: Iterator[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Constant:
-    """A link that ends at a typed-in value instead of a node's output."""
+    """The source of a link that ends at a typed-in value instead of a node's output."""
 
     value: Any
 
 
 class Graph:
-    """The boxes and links of one workflow file, with the node types of one server."""
+    """The nodes and links of a workflow file, with the node types of a server. Raises WorkflowError for unknown nodes."""
 
     def __init__(self, workflow: Mapping[str, Any], object_info: Mapping[str, Any]):
         self.object_info = object_info
@@ -156,7 +156,7 @@ class Graph:
 
     def _source(self, socket: Mapping[str, Any],
                 seen: frozenset[tuple[str, int]] = frozenset()) -> list | Constant | None:
-        """What feeds an input: `[node id, slot]`, a typed-in value, or None where the way ends at nothing."""
+        """The source of an input: `[node id, slot]`, a typed-in value, or None."""
         link = self.links.get(socket.get("link"))
         if link is None or link[0] not in self.nodes:
             return None
@@ -200,7 +200,7 @@ class Graph:
 
 
 def _bypass_input(node: Mapping[str, Any], slot: int, wanted: str) -> Mapping[str, Any] | None:
-    """Which input of a bypassed node stands in for its output: the one beside it if the types fit, else the first."""
+    """The input of a bypassed node that replaces its output: the one at the same slot if its type fits, else the first fit."""
     inputs = node.get("inputs") or []
     given = node["outputs"][slot]["type"]
     if wanted in ("*", ""):
@@ -215,7 +215,7 @@ def _bypass_input(node: Mapping[str, Any], slot: int, wanted: str) -> Mapping[st
 
 
 def types_fit(first: Any, second: Any) -> bool:
-    """Whether a link may join two sockets: "*" takes everything, "A,B" takes A or B."""
+    """Whether a link may join sockets of these types. "*" accepts every type, "A,B" accepts A or B."""
     if {first, second} & {"*", "", 0}:
         return True
     return bool(set(str(first).lower().split(",")) & set(str(second).lower().split(",")))
@@ -232,9 +232,9 @@ def is_prompt(document: Mapping[str, Any]) -> bool:
 
 
 def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A workflow file's content in API format: `{node id: {"class_type", "inputs", "_meta": {"title"}}}`.
+    """The content of a workflow file in API format: `{node id: {"class_type", "inputs", "_meta": {"title"}}}`.
 
-    A document that is in API format already comes back as a copy. Raises WorkflowError.
+    A document in API format is copied. Raises WorkflowError.
     """
     if is_prompt(workflow):
         return {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in workflow.items()}
@@ -260,7 +260,7 @@ def text_fields(prompt: Mapping[str, Any], object_info: Mapping[str, Any],
 
 
 def get_text(prompt: Mapping[str, Any], object_info: Mapping[str, Any], title: str) -> str:
-    """What the first node with this title says."""
+    """The text of the first node with this title."""
     inputs, name = text_fields(prompt, object_info, title)[0]
     return inputs[name]
 
@@ -272,7 +272,7 @@ def set_text(prompt: Mapping[str, Any], object_info: Mapping[str, Any], title: s
 
 
 def set_seeds(prompt: Mapping[str, Any], seed: int) -> None:
-    """Writes `seed` into every seed field, also of the nodes that feed one by a link. WorkflowError where it has none."""
+    """Writes `seed` into every seed field, or into the node linked to it. Raises WorkflowError if there is none."""
     fields = [(node["inputs"], name) for node in prompt.values() for name in node["inputs"] if name in SEEDS]
     written = 0
     while fields:
@@ -281,7 +281,7 @@ def set_seeds(prompt: Mapping[str, Any], seed: int) -> None:
         if isinstance(value, int):
             inputs[name] = seed
             written += 1
-        elif isinstance(value, list):  # a node that gives a number, as the host's PrimitiveInt
+        elif isinstance(value, list):  # linked to a number node, such as the host's PrimitiveInt
             fields.append((prompt[value[0]]["inputs"], "value"))
     if not written:
         raise WorkflowError("The workflow has no seed field (seed, noise_seed, or the value of a number node that feeds "

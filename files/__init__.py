@@ -1,1 +1,1 @@
-"""Files on disk, for every room: written whole or not at all."""
+"""Files on disk, for every room: whole-file writing, locks, and reading of untrusted files."""

@@ -1,4 +1,4 @@
-"""Reads zip archives within bounds: what an archive would unpack to is summed before anything is unpacked."""
+"""Reads zip archives within bounds: the unpacked size of all entries is checked before anything is unpacked."""
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +17,7 @@ _FAULTS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError,
 
 
 class Archive:
-    """An open zip archive whose entries together unpack to at most `most` bytes."""
+    """An open zip archive whose entries unpack to at most `most` bytes in total. Raises FileFault otherwise."""
 
     def __init__(self, path: Path, most: int) -> None:
         with _in_words():
@@ -28,7 +28,7 @@ class Archive:
             except BaseException:
                 self._file.close()
                 raise
-            self._file.most = self._file.size  # the directory is read
+            self._file.most = self._file.size  # the directory has been read
 
     def __enter__(self) -> Archive:
         return self
@@ -42,7 +42,7 @@ class Archive:
         return list(self._entries)
 
     def size(self, name: str) -> int:
-        """Bytes of an entry once unpacked."""
+        """Unpacked size of an entry, in bytes."""
         if name not in self._entries:
             raise FileFault("a part of it is missing")
         return self._entries[name].file_size
@@ -50,7 +50,7 @@ class Archive:
     def read(self, name: str) -> bytes:
         wanted = self.size(name)
         with _in_words(), self._zip.open(self._entries[name]) as entry:
-            content = entry.read(wanted) if wanted else b""  # without a number it would unpack past what it declares
+            content = entry.read(wanted) if wanted else b""  # read() would unpack beyond the declared size
         if len(content) != wanted:
             raise FileFault("a part of it is cut off")
         return content
@@ -66,12 +66,15 @@ class Archive:
         if sum(entry.file_size for entry in entries.values()) > most:
             raise FileFault(f"the file would unpack to more than {most} bytes")
         for entry in entries.values():
-            self._zip.open(entry).close()  # each entry must be where the directory says, also those that nobody reads
+            self._zip.open(entry).close()  # every entry must exist, also one that is never read
         return entries
 
 
 class _BoundedFile(io.BufferedReader):
-    """zipfile reads a whole directory at once, and each of its entries takes ten times its bytes in memory."""
+    """A file that refuses reads of more than `most` bytes.
+
+    zipfile reads the whole directory at once, and each entry of it takes ten times its bytes in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))

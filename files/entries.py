@@ -1,4 +1,4 @@
-"""Typed access to what a file says: each value is checked when it is read, and a fault names its entry."""
+"""Typed access to the entries of a file. Each value is checked when it is read, and a FileFault names its entry."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _NEEDED = object()
 
 @dataclass(frozen=True)
 class Entries:
-    """A group of entries. place: its name with a dot behind it, or nothing for the outermost one."""
+    """A group of entries. place: the group's name followed by a dot, empty for the outermost group."""
 
     values: Mapping
     place: str = ""
@@ -53,7 +53,10 @@ class Entries:
         return Entries(found, f"{self.place}{name}.")
 
     def _checked(self, name: str, default: object, holds, wanted: str):
-        """The entry's value; `default`, where given, stands for a missing entry and may also stand in the file."""
+        """The entry's value, or `default` for a missing entry. With the default None, the file may hold null.
+
+        Raises FileFault for a missing entry without default, and for a value of which `holds` is false.
+        """
         if name not in self.values:
             if default is _NEEDED:
                 raise FileFault(f"the entry {self.place}{name} is missing")

@@ -1,19 +1,19 @@
-"""The error of reading and writing files, and how a value of a file is shown in a message."""
+"""FileFault, the error of reading and writing files, and helpers for its messages."""
 from __future__ import annotations
 
 _LONGEST = 60
 
 
 class FileFault(ValueError):
-    """A file cannot be used; the message says what is wrong with it. Callers add its name and what to do."""
+    """A file cannot be used; the message says what is wrong. Callers add the file's name and what to do."""
 
 
 def shown(value: object) -> str:
-    """A value of a file, short enough for a message."""
+    """A value from a file as text, short enough for a message."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {'group' if isinstance(value, dict) else 'list'} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10 ** 20:
-        return "a number of more than 20 digits"  # Python refuses to write one of more than 4,300
+        return "a number of more than 20 digits"  # Python refuses to format more than 4,300 digits
     if isinstance(value, str) and len(value) > _LONGEST:
         return f"{value[:_LONGEST]!r}..."
     if value is None or isinstance(value, (str, int, float)):
@@ -22,5 +22,5 @@ def shown(value: object) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What the system said, without the path, which the caller names in its own words."""
+    """The system's message without the path; the caller names the path."""
     return error.strerror or type(error).__name__

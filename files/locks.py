@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the system takes back when the process dies, however it dies."""
+"""A lock on a folder for one process at a time. The system releases it when the process dies."""
 from __future__ import annotations
 
 import contextlib
@@ -19,15 +19,15 @@ except ImportError:  # Windows
 LOGGER = logging.getLogger("learn_to_steer")
 LOCK = "in_use.lock"
 _BYTE = 2 ** 30
-"""Windows locks this byte, far behind the text, so that others can still read who holds the lock."""
+"""The byte that Windows locks. It lies far behind the text, so that other processes can read who holds the lock."""
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. Raises FileFault, which says who holds it, where it is taken.
+    """Holds the folder's lock. Raises FileFault, naming the holder, where another process holds it.
 
-    On a file system without locks it warns and goes on.
+    On a file system without locks it logs a warning and continues.
     """
     with open(folder / LOCK, "a+b", buffering=0) as file:
         try:

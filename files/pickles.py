@@ -1,8 +1,8 @@
 """Reads a pickle as data: nothing is imported, called or built.
 
-What a pickle would call stands in the result as a `Call`, which is for the caller to understand or to refuse. Containers are
-plain lists, tuples and dicts (a set is a list, an OrderedDict a dict). One opcode makes one value, so that the number of
-opcodes bounds memory and time; values shared by reference are for the caller to count.
+A call in the pickle becomes a `Call` in the result, which the caller interprets or refuses. Containers become plain lists,
+tuples and dicts (a set becomes a list, an OrderedDict a dict). One opcode makes one value, so the limit on opcodes bounds
+memory and time. The caller must bound values that are shared by reference.
 """
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .faults import FileFault
 LARGEST_PICKLE = 2 ** 22
 MOST_OPCODES = 200_000
 MOST_NUMBER_KEYS = 4096
-"""Numbers can be chosen so that a dict has to search through all of them for each; texts cannot."""
+"""Limit on numeric dict keys. They can be chosen to collide, which makes a dict quadratic; keys of text cannot."""
 _MOST_BITS = 256
 _ORDERED_DICT = "collections.OrderedDict"
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # their names in Python 2, which old protocols write
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2 names, used by old protocols
 _MARK = object()
 
 
@@ -32,7 +32,7 @@ class Name:
 
 @dataclass(eq=False)
 class Call:
-    """What a pickle would call, with which arguments, and the state that it would give the result."""
+    """A call in a pickle: the callable's name, its arguments, and the state given to the result."""
 
     name: str
     arguments: tuple
@@ -41,14 +41,14 @@ class Call:
 
 @dataclass(eq=False)
 class Reference:
-    """Something that lies outside the pickle."""
+    """A persistent id: an object stored outside of the pickle."""
 
     identity: object
 
 
 @dataclass
 class Pickle:
-    """A pickle as data, with every name and reference in it."""
+    """A pickle as data, with all names and references in it."""
 
     value: object = None
     names: dict[str, None] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Pickle:
 
 
 def read_pickle(stream: io.BytesIO) -> Pickle:
-    """Reads from the stream's place to the pickle's end."""
+    """Reads one pickle from the stream's position. Raises FileFault for a damaged or oversized pickle."""
     machine = _Machine()
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -103,9 +103,9 @@ class _Machine:
         return self.stack[-1]
 
     def marked(self) -> list:
-        """Everything above the last mark, taken off with the mark."""
+        """Pops the last mark and returns all values above it."""
         place = len(self.stack) - 1
-        while self.stack[place] is not _MARK:  # an IndexError where there is none
+        while self.stack[place] is not _MARK:  # IndexError on an empty stack
             place -= 1
             if place < 0:
                 raise FileFault("the file is damaged")
@@ -189,7 +189,7 @@ class _Machine:
 
     def give_state(self, _argument: object) -> None:
         state, target = self.pop(), self.top((Call, dict))
-        if isinstance(target, Call):  # attributes of a dict (a state_dict's versions) are left out
+        if isinstance(target, Call):  # attributes of a dict (a state_dict's versions) are dropped
             target.state = state
 
     def refer(self, _argument: object) -> None:

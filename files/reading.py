@@ -1,6 +1,6 @@
-"""Reads JSON and text within bounds: a small file can ask neither for much memory nor for much time.
+"""Reads JSON and text within bounds, so that a small file cannot cost much memory or time.
 
-Every fault is a FileFault that never quotes the content: a file of another form may be anybody's.
+Every fault is a FileFault. Its message never quotes the content, because the file may be private.
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LARGEST_ITEM = 2 ** 18
 """Of a list or object that is read piece by piece: GQA's scene graphs have 6 kB."""
 LARGEST_HEADER = 2 ** 20
 _CHUNK = 2 ** 16
-# A text without its closing quote matches too: trying again from each quote in it would take quadratic time.
+# A string without its closing quote matches too. Otherwise the search would restart at every quote, in quadratic time.
 _BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def read_text(path: Path, most: int = LARGEST_DOCUMENT) -> str:
-    """UTF-8, or UTF-16 with its mark. most: bytes."""
+    """The text of a file in UTF-8, or UTF-16 with a byte order mark. most: limit in bytes. Raises FileFault."""
     with faults_named(), open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -39,7 +39,7 @@ def read_text(path: Path, most: int = LARGEST_DOCUMENT) -> str:
 
 
 def parse_json(text: str) -> object:
-    """A document of bounded depth and number of values, without NaN and infinity."""
+    """Parses JSON of bounded depth and number of values. Raises FileFault, also for NaN and infinity."""
     if text.count(",") + text.count("[") + text.count("{") > MOST_VALUES:
         raise FileFault(f"the file holds more than {MOST_VALUES} values")
     depth = 0
@@ -56,8 +56,11 @@ def read_json(path: Path) -> object:
 
 
 def iterate_json(path: Path, kind: type) -> Iterator[tuple[str | int, dict]]:
-    """The objects in a JSON file that is one list (kind: list) or one object (kind: dict), each with its number from 1 or its
-    key, read one after the other: the file may be larger than the memory."""
+    """The objects in a JSON file, read one by one, so that the file may be larger than memory.
+
+    kind: list for a file that is one list, dict for one that is one object. Yields each object with its number from 1 (list)
+    or its key (dict). Raises FileFault.
+    """
     opening, closing = ("[", "]") if kind is list else ("{", "}")
     with faults_named(), _json_faults(), open(path, encoding="utf-8-sig", newline="") as file:
         text = _JsonText(file)
@@ -80,13 +83,13 @@ def iterate_json(path: Path, kind: type) -> Iterator[tuple[str | int, dict]]:
 
 
 class _JsonText:
-    """The part of a JSON text that is read and not yet used."""
+    """A buffer of JSON text that has been read but not yet parsed."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._text, self._place = file, "", 0
 
     def next(self) -> str:
-        """The next character that is no space; nothing at the end."""
+        """The next character that is no white space; empty at the end."""
         while True:
             self._place = _SPACES.match(self._text, self._place).end()
             if self._place < len(self._text) or not self._more():
@@ -108,7 +111,7 @@ class _JsonText:
             except json.JSONDecodeError:
                 if len(self._text) - self._place > LARGEST_ITEM:
                     raise FileFault(f"an object is larger than {LARGEST_ITEM} bytes") from None
-                if not self._more(len(self._text)):  # twice as much, so that all the tries together take twice the last one
+                if not self._more(len(self._text)):  # doubling keeps the total cost of all tries linear
                     raise
 
     def _more(self, count: int = 0) -> bool:
@@ -119,7 +122,7 @@ class _JsonText:
 
 @contextlib.contextmanager
 def faults_named() -> Iterator[None]:
-    """The system's errors of opening and reading, in words."""
+    """Turns the system's errors of opening and reading into FileFaults."""
     try:
         yield
     except FileNotFoundError:
@@ -142,12 +145,12 @@ def _json_faults() -> Iterator[None]:
         raise FileFault("the file is not written in UTF-8") from None
     except json.JSONDecodeError as error:
         raise FileFault(f"the file is not JSON, or is cut off (line {error.lineno}, column {error.colno})") from None
-    except ValueError:  # of a number with thousands of digits
+    except ValueError:  # a number with thousands of digits
         raise FileFault("the file holds a number that no computer has use for") from None
 
 
 def check_header(path: Path, most: int = LARGEST_HEADER) -> None:
-    """Refuses a safetensors file whose header is longer than `most` bytes, or than the file."""
+    """Raises FileFault for a safetensors file whose header is longer than `most` bytes, or than the file."""
     with faults_named(), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = file.seek(0, 2)

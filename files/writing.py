@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process is killed or the disk is full."""
+"""Writes files whole or not at all, also if the process is killed or the disk is full."""
 from __future__ import annotations
 
 import contextlib
@@ -20,11 +20,11 @@ class WriteError(OSError):
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes aside, brings it to the disk, renames: a reader sees the old file or the whole new one.
+    """Writes a temporary file, syncs it to the disk and renames it. A reader sees the old file or the whole new one.
 
-    Raises WriteError, and leaves what was there before.
+    Raises WriteError and leaves the old file in place.
     """
-    # Hidden, since GenEval takes every name that begins as a picture's does; short, whatever the file's name.
+    # Hidden, because GenEval reads every file whose name begins like a picture's. Short, whatever the length of the name.
     partial = path.with_name(f".{os.getpid()}-{next(_NUMBERS)}{PARTIAL}")
     try:
         try:
@@ -39,22 +39,22 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError as error:
         advice = "Free some space and try again" if error.errno in _FULL else "Check the name, the folder and its permissions"
         raise WriteError(f"{path} cannot be written: {reason(error)}. {advice}.") from error
-    _bring_to_disk(path.parent)
+    _sync_folder(path.parent)
 
 
 class FileIsThere(FileFault):
-    """A file would have been overwritten unasked."""
+    """A file exists and may not be overwritten."""
 
 
 def write_new_file(path: Path, content: bytes, overwrite: bool = False) -> None:
-    """As `replace_file`, but raises FileIsThere where another content stands there already; makes the folder."""
+    """Like `replace_file`, but makes the folder, and raises FileIsThere where the file exists with other content."""
     check_new_file(path, overwrite, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, content)
 
 
 def check_new_file(path: Path, overwrite: bool, content: bytes | None = None) -> None:
-    """Raises FileIsThere where `path` is there, holds something else than `content`, and may not be overwritten."""
+    """Raises FileIsThere where `path` is a folder, or exists with other content and may not be overwritten."""
     if path.is_dir():
         raise FileIsThere(f"{path} is a folder. Name a file.")
     if path.exists() and not overwrite and (content is None or path.read_bytes() != content):
@@ -62,18 +62,18 @@ def check_new_file(path: Path, overwrite: bool, content: bytes | None = None) ->
 
 
 def write_json(path: Path, value: object) -> None:
-    """Equal values give equal bytes."""
+    """Writes JSON with sorted keys, so that equal values give equal bytes."""
     replace_file(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def remove_partial_files(folder: Path) -> None:
-    """What a killed process left half written."""
+    """Removes temporary files left by a killed process."""
     for path in folder.glob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
-def _bring_to_disk(folder: Path) -> None:
-    """The rename itself is on the disk only with the folder; some network file systems cannot do that."""
+def _sync_folder(folder: Path) -> None:
+    """Syncs the folder, without which the rename may be lost. Some network file systems do not support it."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError):

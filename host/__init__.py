@@ -1,1 +1,1 @@
-"""Everything that touches ComfyUI's insides: tokens, attention hooks, gradients, sampler runs, patches on MODEL."""
+"""Everything that touches ComfyUI's internals: tokens, attention hooks, gradients, sampler runs, patches on MODEL."""

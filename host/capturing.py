@@ -1,4 +1,4 @@
-"""Recording cross-attention maps while the sampler does what it would have done anyway."""
+"""Recording cross-attention maps during a sampler run, without changing its result."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,8 +12,14 @@ from .stepping import SampledModel
 
 @dataclass(frozen=True)
 class Capture:
-    """What to record: words, window as fractions of the schedule, longer side of the maps, layers whose name contains
-    one of `layers` (all when empty), and whether every layer and head is kept beside the average."""
+    """What to record.
+
+    phrases: the words.
+    start, end: the window of recorded steps, as fractions of the schedule.
+    resolution: longer side of the maps, in cells.
+    layers: record only layers whose name contains one of these; every layer if empty.
+    every: keep the maps of every layer and head beside the average.
+    """
 
     phrases: tuple[str, ...]
     start: float = 0.0
@@ -27,7 +33,7 @@ class Capture:
 
 
 class CaptureSession(Session):
-    """Records maps while the sampler does what it would have done anyway."""
+    """A session that records maps and leaves the latent alone."""
 
     def __init__(self, guider, sigmas: Tensor, capture: Capture):
         super().__init__(guider, sigmas, capture.phrases, None)
@@ -48,7 +54,7 @@ class CaptureSession(Session):
             try:
                 with self.recording():
                     denoised = model(x, sigma, **arguments)
-                    if self.recorder.active:  # a step's maps are those of the last evaluation before its callback
+                    if self.recorder.active:  # a step keeps the maps of the last evaluation before its callback
                         self.seen = self.take(x, sigma)
                 return denoised
             finally:

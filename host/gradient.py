@@ -1,7 +1,7 @@
-"""Making the host's model differentiable for the length of one evaluation, and undoing it.
+"""Makes the host's model differentiable for one evaluation, then restores it.
 
-The host runs nodes under inference mode, with kernels and in-place updates that autograd cannot follow.
-`differentiable` lifts all of that; `recompute` trades time for memory, block by block.
+The host runs nodes in inference mode, with in-place updates and with kernels that have no derivative.
+`differentiable` works around all three. `recompute` trades time for memory, block by block.
 """
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from .saved_tensors import InPlaceWriteTracker, Recomputation, mutation_of_saved
 
 
 class NormalTensors(TorchFunctionMode):
-    """Replaces inference tensors by clones where an operation meets them.
+    """Replaces the inference tensors among an operation's arguments by normal clones.
 
-    Autograd refuses to save inference tensors for backward. Conditioning, image-prompt adapters and other packs' closures
-    hold them where nobody can replace them beforehand. A tensor gets one clone, which dies with it. A tensor that is only
-    copied gets none: the copy is a normal tensor by itself, and the host copies weights from main memory layer by layer.
+    Autograd refuses to save inference tensors for backward. Conditioning, image-prompt adapters and closures of other packs
+    hold such tensors out of our reach. Each inference tensor gets one clone, which is freed together with it. An operation
+    that only copies its argument needs no clone, because the copy is a normal tensor. This matters for weights, which the host
+    copies from main memory layer by layer.
 
-    Code that enters inference mode again (a ControlNet here, tiling in other packs) computes nothing for autograd and is left
-    alone. Inference tensors change nowhere else, so after such code every clone counts as stale.
+    Code that enters inference mode again (a ControlNet here, tiling in other packs) takes no part in autograd and runs
+    unchanged. Only such code can write to an inference tensor, so all clones are dropped after it.
     """
 
     def __init__(self) -> None:
@@ -60,11 +61,11 @@ class NormalTensors(TorchFunctionMode):
 
 
 def replace_inference_weights(module: torch.nn.Module) -> None:
-    """Puts a normal clone in the place of each parameter and buffer that is an inference tensor.
+    """Replaces each parameter and buffer that is an inference tensor by a normal clone with the same bits.
 
-    One at a time, so one layer of extra memory. The values stay the same bit for bit; the module is not differentiable with
-    respect to them. Weights that the host keeps in main memory and moves for each use stay as they are: the moved copies are
-    normal tensors, and the originals may be pinned. Must run outside inference mode.
+    Clones are made one at a time, so the extra memory is one tensor. The clones do not require a gradient.
+    Weights that the host keeps in main memory and moves for each use stay as they are: moved weights are normal tensors, and
+    the originals may be pinned. Must be called outside inference mode.
     """
     device = getattr(module, "device", torch.device("cpu"))
     for part in module.modules():
@@ -79,7 +80,7 @@ def replace_inference_weights(module: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _host_global(name: str, value) -> Iterator[None]:
-    """Sets a global of the host's model management for a while."""
+    """Sets a global of the host's model management, and restores it on exit."""
     before = getattr(comfy.model_management, name)
     setattr(comfy.model_management, name, value)
     try:
@@ -90,15 +91,15 @@ def _host_global(name: str, value) -> Iterator[None]:
 
 @contextlib.contextmanager
 def differentiable(model: torch.nn.Module) -> Iterator[InPlaceWriteTracker]:
-    """Inside, forward passes through `model` (the host's BaseModel) can be differentiated w.r.t. their input.
+    """Inside the context, forward passes through `model` (the host's BaseModel) are differentiable w.r.t. their input.
 
-    Lifts inference mode, keeps tensors that are later updated in place (residual streams) right for backward,
-    and restores every global on the way out, also after an exception or an interrupt. Gives an object whose `paused()`
-    a backward pass may run in.
+    The context leaves inference mode and protects tensors saved for backward from in-place updates (residual streams). It
+    restores every global on exit, also after an exception or an interrupt. A backward pass may run inside the yielded
+    tracker's `paused()`.
 
-    `in_training` has the host pick kernels that have a derivative (rotary embedding). Without `NUM_STREAMS` the host moves
-    offloaded weights on the compute stream, each into memory of its own: its other streams write one layer's weights over
-    those of an earlier layer, which backward still needs, in buffers that may be inference tensors.
+    `in_training` makes the host choose kernels that have a derivative (rotary embedding). With `NUM_STREAMS` = 0 the host
+    moves offloaded weights on the compute stream, each into memory of its own. Its offload streams reuse buffers, which may be
+    inference tensors: one layer's weights would overwrite those of an earlier layer, which backward still needs.
     """
     with (torch.inference_mode(False), torch.enable_grad(), _host_global("in_training", True), _host_global("NUM_STREAMS", 0)):
         replace_inference_weights(model)
@@ -107,14 +108,16 @@ def differentiable(model: torch.nn.Module) -> Iterator[InPlaceWriteTracker]:
 
 
 REACH = 2.0 ** 10
-"""Largest gradient at the maps while it passes through the model."""
+"""Upper bound on the gradient at the maps when it enters the model's backward pass."""
 
 
 def scaled_gradient(loss: Tensor, judged: Sequence[Tensor], maps: Sequence[Tensor], latent: Tensor) -> Tensor:
-    """d loss / d latent, [B, ...], for a `loss` [B] of the leaves `judged`, equal to the `maps` [B, ...] made of `latent`.
+    """d loss / d latent, [B, ...].
 
-    A loss near 0 has a gradient so small that half precision rounds it to 0 inside the model. So the gradient at the maps,
-    which is in single precision, goes on multiplied by a power of two, a picture each, which is taken out at the end.
+    loss: [B], computed from `judged`. judged: leaf copies of `maps`. maps: [B, ...], computed from `latent`.
+
+    Near a loss of 0 the gradient is so small that half precision rounds it to 0 inside the model. The gradient at the maps is
+    in single precision; it is scaled by a power of two per picture, sent through the model, and scaled back at the end.
     """
     at_maps = torch.autograd.grad(loss.sum(), judged)
     largest = torch.stack([part.abs().flatten(1).amax(dim=1) for part in at_maps]).amax(dim=0)
@@ -126,15 +129,15 @@ def scaled_gradient(loss: Tensor, judged: Sequence[Tensor], maps: Sequence[Tenso
 
 
 def differentiable_attention(func: Callable, *args, **kwargs) -> Tensor:
-    """An `optimized_attention_override` with a derivative, whatever fast kernel the user chose for sampling."""
+    """An `optimized_attention_override` with a derivative, regardless of the kernel chosen for sampling."""
     return host_attention.attention_pytorch(*args, **kwargs)
 
 
 class _RecomputedBlock(torch.autograd.Function):
-    """A block whose activations are computed again for backward.
+    """A block whose activations are recomputed in backward.
 
-    `torch.utils.checkpoint` would be silently wrong here: the host's blocks update their input in place.
-    So the block always works on copies, and the maps that it records leave as outputs of their own.
+    `torch.utils.checkpoint` would give silently wrong gradients, because the host's blocks update their input in place.
+    Here the block works on copies of its inputs, and the recorded maps are outputs of the function.
     """
 
     @staticmethod
@@ -161,9 +164,9 @@ class _RecomputedBlock(torch.autograd.Function):
 
 
 def recompute(run: Callable[..., Sequence[Tensor]], recorder: MapRecorder, *inputs: Tensor) -> Sequence[Tensor]:
-    """`run(*inputs)` without keeping its activations; what it records arrives in `recorder` as usual.
+    """`run(*inputs)`, recomputed in backward instead of keeping its activations. Its maps reach `recorder` as usual.
 
-    run: from tensors to a sequence of tensors, pure apart from recording; differentiated w.r.t. `inputs` only.
+    run: from tensors to a sequence of tensors; pure apart from recording. It is differentiated w.r.t. `inputs` only.
     """
     if not torch.is_grad_enabled() or not any(value.requires_grad for value in inputs):
         return run(*inputs)
@@ -181,10 +184,10 @@ def recompute(run: Callable[..., Sequence[Tensor]], recorder: MapRecorder, *inpu
 
 
 class FrozenControl:
-    """A ControlNet seen as constant: its residuals do not depend on the latent for the gradient.
+    """A ControlNet whose residuals count as constants in the gradient.
 
-    It runs as the host runs it; what it adds is held fixed while the latent is moved, which saves the memory of a
-    second backward pass. Everything else is the wrapped control's own.
+    The ControlNet runs in inference mode, as in the host, which saves the memory of a second backward pass. All other
+    attributes are those of the wrapped control.
     """
 
     def __init__(self, control, recorder: MapRecorder):

@@ -1,4 +1,4 @@
-"""The memory of a gradient: when blocks are computed again, and what the host is asked to keep free."""
+"""Memory for a gradient: when blocks are recomputed, and how much memory the host is asked to keep free."""
 from __future__ import annotations
 
 import logging
@@ -11,17 +11,18 @@ from torch.nn import Module, ModuleList
 
 log = logging.getLogger("learn_to_steer")
 ROOM = {False: 6, True: 2}
-"""By `recompute`: memory of a gradient evaluation, as a multiple of what the host reserves for a pass."""
+"""Memory of a gradient evaluation, as a multiple of what the host reserves for one pass. Key: `recompute`."""
 COPIES_TO_KEEP = 256 * 2**20
-"""Bytes of weight copies up to which keeping them until backward is cheaper than computing blocks again."""
+"""Bytes of weight copies. Up to this size, keeping them until backward is cheaper than recomputing blocks."""
 
 
 @dataclass
 class MemoryPlan:
-    """Whether a steered MODEL computes its blocks again, decided while the host loads it for a sampler run.
+    """Whether a steered MODEL recomputes its blocks. Decided while the host loads the model for a sampler run.
 
-    asked: the user's save_memory; copies: bytes of weights that the host makes for each use and backward would keep, the most
-    that any run saw. A model that did not fit once is not tried again, since each try moves gigabytes.
+    asked: the user's save_memory.
+    copies: bytes of weight copies that the host makes for each use and that backward would keep; the maximum over all runs.
+        The maximum is kept so that a model that did not fit is not tried again: each try moves gigabytes.
     """
 
     asked: bool
@@ -40,10 +41,10 @@ class MemoryPlan:
                 "memory), and a gradient would keep all these copies",)
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *rest, **options):
-        """The host's WrappersMP.PREPARE_SAMPLING: has it keep a gradient's memory free beside the model.
+        """A WrappersMP.PREPARE_SAMPLING wrapper: makes the host keep memory for a gradient free beside the model.
 
-        Weights that don't fit beside the gradient of a whole pass may fit beside that of a block, so the host is asked again
-        for the smaller room before anything is offloaded for good.
+        Weights that do not fit beside the gradient of a whole pass may fit beside the gradient of one block. If the first try
+        offloads weights, the host is asked again with the smaller amount.
         """
         def prepare(recompute: bool):
             rows = noise_shape[0] * ROOM[recompute]
@@ -64,23 +65,23 @@ class MemoryPlan:
 
 
 def copies_for_each_use(base_model: Module, part: Module | None = None) -> int:
-    """Bytes of the weights below `part` (the whole network unless given) that the host casts, moves or patches for each use.
+    """Bytes of the weights in `part` (default: the whole network) that the host casts, moves or patches for each use.
 
-    Autograd saves what an operation multiplies with, so without recomputation all these copies live until backward.
+    Autograd saves the operands of a multiplication, so without recomputation all these copies live until backward.
     """
     dtype = base_model.manual_cast_dtype or base_model.get_dtype()
     device = torch.device(base_model.device or "cpu")
     return sum(module.weight.numel() * dtype.itemsize for module in (part or base_model.diffusion_model).modules()
-               if _made_for_each_use(module, dtype, device))
+               if _copied_for_each_use(module, dtype, device))
 
 
 def largest_block_of_copies(base_model: Module) -> int:
-    """Bytes of such weights in the block that has most of them: what recomputation holds at once."""
+    """Largest `copies_for_each_use` of any block, in bytes: the copies that recomputation holds at once."""
     lists = (module for module in base_model.diffusion_model.modules() if isinstance(module, ModuleList))
     return max((copies_for_each_use(base_model, block) for blocks in lists for block in blocks), default=0)
 
 
-def _made_for_each_use(module: Module, dtype: torch.dtype, device: torch.device) -> bool:
+def _copied_for_each_use(module: Module, dtype: torch.dtype, device: torch.device) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not hasattr(module, "comfy_cast_weights"):
         return False

@@ -1,4 +1,4 @@
-"""What stands on a MODEL beside this pack, in words: for messages that must name what is in the way."""
+"""Names the patches of other packs on a MODEL, for messages about conflicts."""
 from __future__ import annotations
 
 import functools
@@ -11,7 +11,7 @@ AROUND_A_PASS = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.
 
 
 def name_of(patch: object) -> str:
-    """Module and name of a function, method or object, without the path that the host puts before a pack's modules."""
+    """Module and qualified name of a function, method or object. The path that the host prefixes to a pack is left out."""
     while isinstance(patch, functools.partial):
         patch = patch.func
     named = patch if hasattr(patch, "__qualname__") else type(patch)
@@ -20,14 +20,14 @@ def name_of(patch: object) -> str:
 
 
 def patches_in_the_way(model_options: Mapping) -> tuple[str, ...]:
-    """"place (name)" of each patch that takes part in an evaluation of the model, this pack's own ones left out."""
+    """"place (name)" of each patch of another pack or the host that takes part in an evaluation of the model."""
     found = (f"{place} ({name_of(patch)})" for place, patch in _patches(model_options)
              if not str(getattr(patch, "__module__", "")).startswith(OWN_PACKAGE))
     return tuple(dict.fromkeys(found))
 
 
 def what_to_do(model_options: Mapping) -> str:
-    """Names the patches on the MODEL and says what to do about them."""
+    """Advice for an error message: names the patches on the MODEL and says to remove them."""
     found = patches_in_the_way(model_options)
     if not found:
         return "No other pack's patch was found on this MODEL, so look for a pack that replaces ComfyUI's own functions."

@@ -1,4 +1,4 @@
-"""Capture and steering as patches on the host's MODEL, and the memory that they ask the host for."""
+"""Capture and steering as patches on the host's MODEL."""
 from __future__ import annotations
 
 import copy
@@ -20,12 +20,12 @@ from .steering import Steering, SteeringSession
 from .stepping import RehearsedModel, SteeringError
 
 log = logging.getLogger("learn_to_steer")
-STEERING_KEY = "learn_to_steer"  # of the wrappers that steer
-WHOLE_KEY = "learn_to_steer_whole_weights"  # attachment of the root patcher: the same model without dynamic VRAM
+STEERING_KEY = "learn_to_steer"  # key of the steering wrappers
+WHOLE_KEY = "learn_to_steer_whole_weights"  # attachment of the root patcher: the same model, loaded without dynamic VRAM
 
 
 def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, key: str):
-    """A clone of the host's ModelPatcher that opens a session for each sampler run and files what it leaves."""
+    """A clone of the host's ModelPatcher that opens a session for each sampler run and files the resulting Run."""
 
     def outer_sample(executor, noise, latent_image, sampler, sigmas, *rest, **options):
         if not hasattr(sampler, "sampler_function"):
@@ -51,7 +51,7 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
         watched.sampler_function = functools.wraps(sampler.sampler_function)(sampler_function)
         samples = executor(noise, latent_image, watched if len(sigmas) > 1 else sampler, sigmas, *rest, **options)
         run = log_of_runs.blank("the schedule has no step to sample") if session is None else session.result()
-        # The host's custom samplers also give the last prediction of the clean latent, made from it in this way.
+        # The host's custom samplers also output the last prediction of the clean latent, processed like this.
         process = executor.class_obj.model_patcher.model.process_latent_out
         run.found_by(samples, *(() if denoised is None else (process(denoised.cpu()),)))
         run.before = log_of_runs.search(latent_image) if latent_image.count_nonzero() else None
@@ -64,7 +64,7 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
 
 
 def apply_capture(model, capture: Capture) -> tuple[object, RunLog]:
-    """A clone of MODEL whose sampler runs are recorded, and the log that they fill.
+    """A clone of MODEL whose sampler runs are recorded, and the log of those runs.
 
     Raises UnsupportedModel for an architecture without a backbone.
     """
@@ -74,11 +74,11 @@ def apply_capture(model, capture: Capture) -> tuple[object, RunLog]:
 
 
 def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
-    """A clone of MODEL whose sampler runs are steered, and the log that they fill.
+    """A clone of MODEL whose sampler runs are steered, and the log of those runs.
 
-    With nothing to steer the clone carries no patch at all. Raises UnsupportedModel for an architecture without a
-    backbone, ClassifierError for a relation that the classifier does not know, and SteeringError for a MODEL that is steered
-    already: nobody could say which of the two should win.
+    With nothing to steer, the clone carries no patch.
+    Raises UnsupportedModel for an architecture without a backbone, ClassifierError for a relation that the classifier does not
+    know, and SteeringError for a MODEL that is steered already.
     """
     find_backbone(model.model.diffusion_model)
     counted = steering.graph.counted()
@@ -88,7 +88,7 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
         relation_indices(steering.classifier, relation.predicates)
     request = (steering.graph, steering.classifier.name, steering.settings)
     blank = functools.partial(not_steered, steering)
-    if steering.is_off:  # (the host's own model, however its memory is managed)
+    if steering.is_off:  # before _with_weights_that_stay: off means the host's own model, dynamic VRAM included
         reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"
         return model.clone(), RunLog(request, blank, unsteered=blank(reason))
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, STEERING_KEY):
@@ -103,42 +103,42 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
 
 
 def _with_weights_that_stay(model):
-    """The MODEL, or where the host's dynamic VRAM manages it, a clone over the same model loaded the classic way.
+    """The MODEL itself or, if the host's dynamic VRAM manages it, a clone over the same model loaded without dynamic VRAM.
 
-    Dynamic VRAM gives a layer's weights away once the layer ran, and a gradient needs them until backward. The host can load
-    a model again without it, for conditionings with hooks, but remembers that for one patcher alone, so that each change of a
-    LoRA would read the file once more. So the second load stays with the root patcher, which the loader node made and all
-    clones share, and dies with it. The clone brings its own patches.
+    Dynamic VRAM frees a layer's weights after the layer has run; a gradient needs them until backward. The host can load a
+    model a second time without it (for conditionings with hooks) but caches that load per patcher, so every change of a LoRA
+    would read the file again. Here the second load is attached to the root patcher, which the loader node made and all clones
+    share, and is freed with it. The clone keeps the patches of `model`.
     """
     if not model.is_dynamic():
         return model
     if model.cached_patcher_init is None:
-        raise SteeringError("input 'model': ComfyUI's dynamic VRAM gives its weights away while steering still needs them, and "
-                            "its loader does not say how to load it otherwise. Load it with \"Load Checkpoint\" or \"Load "
+        raise SteeringError("input 'model': ComfyUI's dynamic VRAM frees this model's weights while steering still needs them, "
+                            "and the model's loader offers no way to load it without. Load it with \"Load Checkpoint\" or \"Load "
                             "Diffusion Model\", or start ComfyUI with --disable-dynamic-vram.")
     root = _root(model)
     whole = root.get_attachment(WHOLE_KEY)
     if whole is None:
-        log.info("loading the model a second time, without dynamic VRAM, which takes weights away that a gradient needs; start "
-                 "ComfyUI with --disable-dynamic-vram to have it in memory once")
+        log.info("loading the model a second time, without dynamic VRAM, which frees weights that a gradient needs; start "
+                 "ComfyUI with --disable-dynamic-vram to keep only one copy in memory")
         whole = root.get_non_dynamic_delegate()
         whole.parent = None
         root.set_attachments(WHOLE_KEY, whole)
     own = model.clone(disable_dynamic=True, model_override=whole.get_clone_model_override())
-    # When a loaded patcher dies, the host goes on managing its weights through the parent, which must be one over these weights.
+    # When a loaded patcher is freed, the host manages its weights through the parent, so the parent must own the same weights.
     own.parent = whole
     return own
 
 
 def _root(model):
-    """The patcher from which all dynamic clones over this model's weights descend; a clone keeps its parent alive."""
+    """The patcher that all clones over this model's weights descend from. A clone keeps its parent alive."""
     while model.parent is not None and model.parent.model is model.model:
         model = model.parent
     return model
 
 
 def not_steered(steering: Steering, reason: str) -> Run:
-    """Stands for a run in which nothing was moved."""
+    """A Run that was not steered, for a reason in words."""
     graph = steering.graph
     reason = f"not steered: {reason}"
     report = SteeringReport(tuple(map(str, graph.relations)), steering.classifier.name, 0, (), (reason,))

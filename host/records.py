@@ -1,4 +1,4 @@
-"""What sampler runs leave behind: maps and reports, found again by the latent that came out of a run."""
+"""Results of sampler runs: maps and reports, looked up by the latent that a run returned."""
 from __future__ import annotations
 
 import hashlib
@@ -12,15 +12,18 @@ from torch import Tensor
 from ..steering.report import SteeringReport
 
 KEPT_BYTES = 512 * 2**20
-"""Memory that all kept runs of this process may take together."""
+"""Memory limit for all kept runs of this process, in bytes."""
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the host may cast a latent to on its way to the next node (--fp16-intermediates)."""
+"""Types to which the host may cast a latent between two nodes (--fp16-intermediates)."""
 
 
 @dataclass(frozen=True)
 class StepMaps:
-    """Maps of one denoising step, on the CPU in fp32. average: [B, words, h, w], the mean over layers and heads;
-    every: [B, words, layers * heads, h, w] where it was asked for, in fp16 once newer runs need the memory."""
+    """Maps of one denoising step, on the CPU in fp32.
+
+    average: [B, words, h, w], the mean over layers and heads.
+    every: [B, words, layers * heads, h, w] if requested; converted to fp16 when newer runs need the memory.
+    """
 
     step: int
     sigma: float
@@ -34,7 +37,7 @@ class StepMaps:
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """The maps of one sampler run. layers: names of the layers read; steps: in order; notes: why maps are missing."""
+    """The maps of one sampler run. layers: names of the recorded layers; steps: in order; notes: why maps are missing."""
 
     phrases: tuple[str, ...]
     layers: tuple[str, ...]
@@ -51,9 +54,9 @@ class AttentionRecord:
 
 
 class Run:
-    """One sampler run: its maps, its report, and how its latents are recognised.
+    """One sampler run: its maps, its report, and the hashes by which its latents are recognised.
 
-    steps: number of its denoising steps; before: the run whose latent it went on from.
+    steps: number of denoising steps; before: the run whose latent this run started from, or None.
     """
 
     def __init__(self, maps: AttentionRecord, report: SteeringReport | None = None, steps: int = 0):
@@ -63,19 +66,20 @@ class Run:
         self._hashes: frozenset[bytes] = frozenset()
 
     def found_by(self, *latents: Tensor) -> None:
-        """Says which latents came out of this run."""
+        """Registers the latents that this run returned."""
         self._latents = tuple(map(weakref.ref, latents))
         self._hashes = frozenset(latent_hash(latent.to(dtype)) for latent in latents for dtype in LATENT_DTYPES)
 
     def gave(self, samples: Tensor) -> bool:
-        """Whether this very tensor came out of the run, whatever it holds."""
+        """Whether the run returned this tensor object; its values are not compared."""
         return any(latent() is samples for latent in self._latents)
 
     def gave_values(self, hashed: bytes) -> bool:
+        """Whether the run returned a latent with this hash, in any of LATENT_DTYPES."""
         return hashed in self._hashes
 
     def whole(self) -> Run:
-        """This run and those that it went on from as one, whose steps count on."""
+        """This run and all runs before it, joined into one. Step numbers continue from run to run."""
         stages = [self]
         while stages[0].before is not None:
             stages.insert(0, stages[0].before)
@@ -92,7 +96,7 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the maps and, roughly, of the report's numbers as Python objects."""
+        """Bytes of the maps, plus an estimate for the report's numbers as Python objects."""
         records = () if self.report is None else self.report.records
         return self.maps.nbytes + sum(600 + 32 * (2 * len(record.loss) + sum(map(len, record.probability))) for record in records)
 
@@ -114,7 +118,7 @@ class Run:
 
 
 def latent_hash(samples: Tensor) -> bytes:
-    """Equal for latents of the same type, shape and bits, on whatever device; NaN equals itself."""
+    """SHA-256 of a latent's dtype, shape and bits. It does not depend on the device, and NaN equals itself."""
     values = samples.detach().cpu().contiguous()
     head = f"{values.dtype} {tuple(values.shape)} ".encode()
     return hashlib.sha256(head + values.flatten().view(torch.uint8).numpy().tobytes()).digest()
@@ -123,9 +127,9 @@ def latent_hash(samples: Tensor) -> bytes:
 class RunArchive:
     """The runs of this process, oldest first, within `limit` bytes.
 
-    They outlive the log that they were filed in: the host may forget a patched MODEL and keep the latent that it gave, and
-    the node that patches is then executed again. The newest run is always kept whole. Of the others, the oldest first, the
-    heads go to fp16, then they are dropped, then the maps, last the runs.
+    A run outlives its log: the host may drop a patched MODEL from its cache, keep the latent, and execute the patching node
+    again. The newest run is always kept whole. Older runs lose data in this order, oldest run first: maps per head are
+    converted to fp16, then dropped, then all maps are dropped, then the run itself.
     """
 
     def __init__(self, limit: int = KEPT_BYTES):
@@ -150,7 +154,7 @@ class RunArchive:
         return [run for owner, _, run in self._filed if owner() is log]
 
     def alike(self, log: RunLog) -> list[Run]:
-        """Runs filed in other logs that were asked for the same."""
+        """Runs of other logs with the same request."""
         return [run for owner, request, run in self._filed
                 if owner() is not log and log.request is not None and request == log.request]
 
@@ -164,11 +168,11 @@ def _nothing_done(reason: str) -> Run:
 
 @dataclass(eq=False)
 class RunLog:
-    """The runs of one patched MODEL. Filled while sampling, read by the nodes behind the sampler.
+    """The runs of one patched MODEL. Filled during sampling, read by the nodes after the sampler.
 
-    request: what was to be done in each run, equal where the host executes the same node again; blank: makes a run in which
-    nothing was done, for a reason in words; unsteered: stands for every run where there was nothing to steer, so the MODEL
-    carries no patch.
+    request: what each run was asked to do; equal when the host executes the same node again.
+    blank: makes an empty Run, given a reason in words.
+    unsteered: the Run to report where there is nothing to steer and the MODEL carries no patch.
     """
 
     request: object = None
@@ -185,12 +189,12 @@ class RunLog:
 
     @property
     def last(self) -> Run | None:
-        """None where nothing was sampled."""
+        """The newest run; None before the first."""
         runs = self.runs
         return self.unsteered or (runs[-1] if runs else None)
 
     def search(self, samples: Tensor) -> Run | None:
-        """The newest run that gave this latent, or None."""
+        """The newest run that returned this latent, or None."""
         runs = [*reversed(self.runs), *reversed(self.archive.alike(self))]
         by_identity = next((run for run in runs if run.gave(samples)), None)
         if by_identity is not None or not runs:
@@ -199,9 +203,9 @@ class RunLog:
         return next((run for run in runs if run.gave_values(hashed)), None)
 
     def find(self, samples: Tensor) -> Run:
-        """The run that gave this latent. Raises LookupError where none did."""
+        """The run that returned this latent. Raises LookupError where none did."""
         run = self.unsteered or self.search(samples)
         if run is None:
-            raise LookupError("input 'samples': no run of this model gave this latent. Connect the LATENT output of the "
-                              "sampler that uses the patched model, straight, with nothing in between that changes it.")
+            raise LookupError("input 'samples': no run of this model gave this latent. Connect it directly to the LATENT output "
+                              "of the sampler that uses the patched model, with no node in between that changes it.")
         return run

@@ -1,11 +1,12 @@
-"""A sampler function's rehearsal: which evaluation begins each denoising step, and what the sampler keeps of a move.
+"""Rehearsal of a sampler function: which evaluation begins each denoising step, and how much of a move each step keeps.
 
-With the model's output held constant, a sampler's latent is linear in the latent that the run starts from, and every
-formula has its own factor for each step: sigma_next / sigma for an ODE solver, less for an ancestral or SDE sampler,
-0 for LCM. Steering moves the latent at a step and carries the move along by these factors, beside the sampler's own
-latent. So the sampler responds as if its latent, and the earlier ones in its history, had always been moved. Writing
-into the tensor that the sampler hands over would not do that: uni_pc hands over a copy, sa_solver's corrector goes
-back to the latent before, and lms, ipndm, deis and gradient_estimation extrapolate from derivatives at unmoved latents.
+With the model's output held constant, a sampler's latent is linear in the starting latent. The factor per step depends on
+the sampler: sigma_next / sigma for an ODE solver, less for an ancestral or SDE sampler, 0 for LCM. Steering adds a move to
+the latent at one step, stores the move beside the sampler's latent, and scales it by these factors at every later
+evaluation. The sampler responds as if its latent, and the latents in its history, had been moved from the start.
+
+Writing into the sampler's tensor would not do that: uni_pc hands over a copy, sa_solver's corrector returns to the previous
+latent, and lms, ipndm, deis and gradient_estimation extrapolate from derivatives at unmoved latents.
 """
 from __future__ import annotations
 
@@ -22,27 +23,28 @@ from torch import Tensor
 from .stepping import RehearsedModel, SteeringError
 
 CELLS = 8
-"""Longest side of the rehearsal's latent, in cells."""
+"""Maximum height and width of the rehearsal's latent, in cells."""
 SHIFT = 16.0
-"""How far the second rehearsal's latent is shifted, in units of the largest sigma."""
+"""Shift of the second rehearsal's latent, in units of the largest sigma."""
 FAINT = 1e-4
-"""Below this share of the shift, rounding of the sampler's noise hides what is kept: a later part of the run is rehearsed."""
+"""Share of the shift below which rounding hides the response. The run is then rehearsed again from a later step."""
 ROUNDING = 0.01
-"""Share of a move that does not count."""
+"""Share of a move that counts as a rounding error."""
 LARGEST = 2.0
-"""A sampler may keep this many times sigma_next / sigma of a move: ipndm_v's weights do not sum to 1."""
+"""Largest share of a move that a sampler may keep, in units of sigma_next / sigma. ipndm_v's weights do not sum to 1."""
 LAST_SIGMA = 1e-3
-"""uni_pc ends here instead of at 0."""
+"""The sigma at which uni_pc ends; other samplers end at 0."""
 ADVICE = "Use euler, ddim, dpmpp_2m, heun or another sampler of ComfyUI."
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What steering has to know of a sampler function before it runs.
+    """Facts about a sampler function that steering needs before the run.
 
-    sampler: its name and input, for messages; begins: the number of an evaluation -> the step that it begins;
-    reported: step -> the number of evaluations before its callback; kept: step -> for every evaluation, and last for the
-    result, the share of a move made at that step.
+    sampler: its input and name, for messages.
+    begins: index of an evaluation -> the step that begins with it.
+    reported: step -> number of evaluations before its callback.
+    kept: step -> the share of a move made at that step that remains at each evaluation and, last, in the result.
     """
 
     sampler: str
@@ -53,8 +55,13 @@ class Rehearsal:
 
 @dataclass
 class Trial:
-    """One rehearsed run: sigmas of the evaluations, latents handed to the model with the result last, and for each step
-    the number of evaluations before its callback and the levels that the callback names."""
+    """One rehearsed run.
+
+    levels: sigma of each evaluation.
+    latents: the model's input at each evaluation and, last, the result.
+    reported: step -> number of evaluations before its callback.
+    named: step -> sigmas that the callback reports.
+    """
 
     levels: list[float]
     latents: list[Tensor]
@@ -64,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Stage:
-    """A sampler function with all that it is called with, except the latent and the sigmas."""
+    """A sampler function and its arguments, except the latent's values and the sigmas."""
 
     function: Callable
     model: Callable
@@ -77,7 +84,7 @@ class Stage:
         return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {ADVICE}")
 
     def trial(self, sigmas: Tensor, shift: float) -> Trial:
-        """Runs the sampler on noise moved by `shift`, with a model whose output is 0."""
+        """Runs the sampler on noise shifted by `shift`, with a model whose output is 0."""
         trial = Trial([], [], {}, {})
         most = 1000 + 100 * len(sigmas)
 
@@ -107,14 +114,14 @@ class Stage:
                                        extra_args=extra_args, callback=callback, **{**self.options, "disable": True})
             except (SteeringError, comfy.model_management.InterruptProcessingException):
                 raise
-            except Exception as error:  # a sampler of any pack, on a latent that it was not written for
+            except Exception as error:  # any pack's sampler may raise anything on so small a latent
                 raise self.refuse(f"failed in a rehearsal on a latent of {CELLS} x {CELLS} cells "
                                   f"({type(error).__name__}: {error})") from error
         trial.latents.append(result)
         return trial
 
     def response(self, sigmas: Tensor) -> tuple[Trial, list[float]]:
-        """A run, and how much of a shift of its first latent reaches each evaluation and, last, the result."""
+        """A rehearsed run, and the share of a shift of its first latent that reaches each evaluation and, last, the result."""
         shift = SHIFT * float(sigmas.max())
         plain, shifted = self.trial(sigmas, 0.0), self.trial(sigmas, shift)
         if not _same_levels(plain.levels, shifted.levels):
@@ -127,10 +134,10 @@ class Stage:
 
 def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, options: dict,
              window: frozenset[int]) -> Rehearsal:
-    """Rehearses a sampler function for the steps in `window`, on a small latent with a model that costs nothing.
+    """Rehearses a sampler function for the steps in `window`, on a small latent and with a model whose output is 0.
 
-    Raises SteeringError for a sampler that chooses its own noise levels, hands the model a latent of its own, or does not
-    keep a move in its direction and in proportion to the noise level.
+    Raises SteeringError for a sampler that chooses its own noise levels, that passes the model an unrelated latent, or that
+    does not preserve the direction of a move and scale it with the noise level.
     """
     sampler = chosen_sampler(function, options)
     if not window:
@@ -146,7 +153,7 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
         if step not in begins:
             raise stage.refuse(f"does not evaluate the model in step {step}")
         begin = begins[step]
-        for start in (step - 1, step):  # the step before first: a sampler may do less in its very first step
+        for start in (step - 1, step):  # try the step before first: a sampler may do less in its own first step
             if response[begin] < FAINT and start > 0:
                 response = _resumed(stage, start, trial.levels, begin, sigmas)
         if response[begin] < FAINT:
@@ -157,9 +164,10 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
 
 
 def _resumed(stage: Stage, start: int, levels: list[float], begin: int, sigmas: Tensor) -> list[float]:
-    """The response of a run that starts at the step `start`, from the whole run's evaluation `begin` on.
+    """The response of a run that starts at step `start`, aligned with the whole run; 0 before evaluation `begin`.
 
-    sa_solver_pece evaluates the model only once in its very first step, where else it does so twice at the same level.
+    sa_solver_pece evaluates the model once in its first step and twice, at one level, in every other. The missing
+    evaluations are filled in.
     """
     trial, response = stage.response(sigmas[start:])
     remaining = len(levels) - begin
@@ -170,11 +178,11 @@ def _resumed(stage: Stage, start: int, levels: list[float], begin: int, sigmas: 
 
 
 def _begins(stage: Stage, trial: Trial, sigmas: Tensor) -> dict[int, int]:
-    """The evaluation that begins each step: at the step's own level, after the callback of the step before.
+    """step -> index of the evaluation that begins it: one at the step's own level, after the previous step's callback.
 
-    Most samplers call back right after it. Then a second-order sampler's evaluation before it, which belongs to the step
-    before, may be at the same level, and the last one counts. A sampler that calls back after its substeps has more than
-    one evaluation before its first callback; there the first one counts.
+    Most samplers call back right after this evaluation. Among several evaluations at that level the last one counts, since
+    a second-order sampler's earlier one belongs to the previous step. A sampler that calls back after its substeps evaluates
+    the model more than once before its first callback; there the first one counts.
     """
     steps = len(sigmas) - 1
     if not trial.reported:
@@ -195,26 +203,26 @@ def _begins(stage: Stage, trial: Trial, sigmas: Tensor) -> dict[int, int]:
 
 
 def _check_direction_and_size(stage: Stage, step: int, kept: tuple[float, ...], begins: dict[int, int], sigmas: Tensor) -> None:
-    """A move at `step` must keep its sign, and shrink with the noise level at least about as fast as an ODE solver lets it."""
+    """Raises SteeringError unless a move at `step` keeps its sign and shrinks about as fast as the noise level, or faster."""
     places = [(f"at step {later}", kept[begins[later]], float(sigmas[later])) for later in sorted(begins) if later > step]
     places.append(("in the result", kept[-1], max(float(sigmas[-1]), LAST_SIGMA)))
     for place, share, sigma in places:
         left = sigma / max(float(sigmas[step]), 1e-9)
         if share < -0.02 * left - ROUNDING:
-            raise stage.refuse(f"turns a move of its latent around: a move by 1 at step {step} is one by {share:.2g} {place}")
+            raise stage.refuse(f"reverses a move of its latent: a move by 1 at step {step} becomes one by {share:.2g} {place}")
         if share > LARGEST * left + ROUNDING:
             raise stage.refuse(f"does not treat its latent as noisy: of a move by 1 at step {step} it keeps {share:.2g} {place}, "
                                f"where the noise level leaves {left:.2g}")
 
 
 def chosen_sampler(function: Callable, options: dict) -> str:
-    """The sampler as the user chose it: by a name of the host's list, or as a SAMPLER that a node made."""
+    """The user's choice of sampler in words: a name of the host's list, or a SAMPLER made by a node."""
     function = inspect.unwrap(function)
     if not options.keys() - {"disable"}:
         for name, listed in _listed_samplers():
             if listed is function or getattr(listed, "__code__", None) is getattr(function, "__code__", function):
                 return f"input 'sampler_name': {name}"
-    function = getattr(function, "func", function)  # a partial's
+    function = getattr(function, "func", function)  # unwrap a functools.partial
     name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_").removesuffix("_function")
     return f"input 'sampler': {name}"
 
@@ -232,7 +240,7 @@ def _same_levels(one: list[float], other: list[float]) -> bool:
 
 
 def _added_hooks(before: dict, arguments: dict) -> list[Callable]:
-    """Post-CFG functions that the sampler itself put into the model's options (the CFG++ samplers do)."""
+    """Post-CFG functions that the sampler itself added to the model's options, as the CFG++ samplers do."""
     def hooks(holder: dict) -> list[Callable]:
         return holder.get("model_options", {}).get("sampler_post_cfg_function", [])
 

@@ -1,4 +1,4 @@
-"""The oldest ComfyUI that the pack runs on. Imports nothing of the host but its version, so that any host can ask."""
+"""The oldest supported ComfyUI. Imports only the host's version, so that the check works on any host."""
 from __future__ import annotations
 
 import re
@@ -11,9 +11,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def unmet_requirement() -> str | None:
-    """What to tell the user where the running ComfyUI is too old, else None.
+    """A message for the user if the running ComfyUI is too old, else None.
 
-    A version that is not made of numbers (a development build) passes.
+    A version without numbers (a development build) passes.
     """
     try:
         from comfyui_version import __version__ as found

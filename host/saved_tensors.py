@@ -1,8 +1,8 @@
-"""Lets blocks that work in place be differentiated: a tensor kept for backward is copied before it is changed.
+"""Makes in-place blocks differentiable: a tensor saved for backward is copied before an operation writes to it.
 
-PyTorch has `torch.autograd.graph.allow_mutation_on_saved_tensors` for this, but up to 2.14 it may give a wrong tensor
-back: it knows tensors by id, address and version, lets go of an original once it is copied, and takes the next tensor
-that happens to get the same three for the old one. That is rare, and silent where the shapes agree.
+PyTorch has `torch.autograd.graph.allow_mutation_on_saved_tensors` for this, but up to 2.14 it may return a wrong tensor. It
+identifies tensors by id, address and version and frees an original once it is copied. A later tensor with the same id,
+address and version is then mistaken for the original. This is rare, and silent where the shapes agree.
 """
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Saved:
-    """One tensor kept for backward; `value` is the original until somebody is about to change it, then a copy.
+    """A tensor saved for backward. `value` is the original until an operation is about to write to it, then a copy.
 
-    None after the scope. A graph in a reference cycle through C++ is never freed, so it must not own any memory by then.
+    After the scope `value` is None. A graph in a reference cycle through C++ is never freed, so it must not hold any memory.
     """
 
     __slots__ = ("__weakref__", "value", "version")
@@ -46,8 +46,8 @@ class _Saved:
 class Recomputation:
     """The function that a graph node runs again in backward.
 
-    None after the scope. The function closes over the host's options and whatever other packs store in them, so it may well
-    reach the node's own outputs; Python's collector cannot see such a cycle, because it passes through C++.
+    After the scope `value` is None. The function closes over the host's options and whatever other packs store there, so it
+    may refer to the node's own outputs. Python's garbage collector cannot see such a cycle, because it passes through C++.
     """
 
     __slots__ = ("__weakref__", "value")
@@ -62,28 +62,28 @@ class Recomputation:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Identity of the memory behind a tensor and its views; unique for as long as it is held."""
+    """Identity of the storage that a tensor shares with its views; unique while the storage is alive."""
     return tensor.untyped_storage()._cdata
 
 
 class InPlaceWriteTracker(TorchDispatchMode):
-    """Sees every operation; those whose schema says that they write an argument have it copied where it is kept."""
+    """Intercepts every operation and copies saved tensors whose storage the operation, by its schema, writes to."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Only originals stand here. They hold their memory, so a storage's identity cannot pass to another.
+        # Originals only. They keep their storage alive, so its identity cannot be reused.
         self._originals: dict[int, list[weakref.ref[_Saved]]] = defaultdict(list)
         self._all: weakref.WeakSet[_Saved | Recomputation] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> _Saved:
-        # Detached: an operation that saves its own result (softmax, normalisation) would otherwise hold itself through it.
+        # Detached: an operation that saves its own result (softmax, normalisation) would otherwise keep itself alive.
         saved = _Saved(tensor.detach() if tensor.requires_grad else tensor)
         self._all.add(saved)
         self._originals[_storage(tensor)].append(weakref.ref(saved))
         return saved
 
     def keep_function(self, run: Callable) -> Recomputation:
-        """For a graph node that must call `run` in backward, and must not hold it any longer than this scope."""
+        """Wraps `run` for a graph node that calls it in backward and must not hold it beyond this scope."""
         kept = Recomputation(run)
         self._all.add(kept)
         return kept
@@ -95,9 +95,10 @@ class InPlaceWriteTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Writes are not looked for: for a backward pass, which writes no tensor that it still needs.
+        """Suspends tracking for a backward pass, which overwrites no tensor that it still needs.
 
-        Half of all operations are spared the detour through Python. One that did write such a tensor would raise.
+        This saves half of all operations the detour through Python. If an operation did overwrite a saved tensor, `unpack`
+        would raise.
         """
         self.__exit__(None, None, None)
         try:
@@ -123,7 +124,7 @@ class InPlaceWriteTracker(TorchDispatchMode):
 
 @functools.cache
 def _written_arguments(func) -> tuple[tuple[int, str], ...]:
-    """Place and name of each argument that an operation writes, by its schema; keyword-only ones lie beyond `args`."""
+    """Index and name of each argument that an operation writes to, by its schema."""
     return tuple((index, argument.name) for index, argument in enumerate(func._schema.arguments)
                  if argument.alias_info is not None and argument.alias_info.is_write)
 
@@ -133,10 +134,10 @@ _OPEN: ContextVar[InPlaceWriteTracker] = ContextVar("learn_to_steer_saved_tensor
 
 @contextlib.contextmanager
 def mutation_of_saved_tensors() -> Iterator[InPlaceWriteTracker]:
-    """In this scope in-place operations cannot spoil a backward pass; forward and backward both belong inside.
+    """A scope in which in-place operations cannot corrupt a backward pass. Forward and backward must both run inside it.
 
-    Gives an object whose `paused()` the backward pass may run in. May be nested: a graph made inside the inner scope has
-    to be differentiated there.
+    The backward pass may run inside the yielded tracker's `paused()`. Scopes may be nested; a graph must be differentiated in
+    the scope that it was made in.
     """
     writes = InPlaceWriteTracker()
     outer = _OPEN.set(writes)

@@ -1,7 +1,7 @@
-"""One sampler run that is watched: what capture and steering share.
+"""The base class of capture and steering: a session around one sampler run.
 
-A session runs the sampler function of a run (host: WrappersMP.OUTER_SAMPLE, a copy of the SAMPLER). The sampler is handed a
-model that looks at the sampler's latent before a step's first evaluation; the sampler's own mathematics is untouched.
+A session calls the run's sampler function (host: WrappersMP.OUTER_SAMPLE, a copy of the SAMPLER) with a wrapped model. The
+wrapper intercepts every evaluation. The sampler's mathematics is untouched.
 """
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ NOTHING_SEEN = ("Another pack skips or replaces the model's blocks (a step cache
 
 
 class Session:
-    """One sampler run that is watched.
+    """One sampler run.
 
-    guider: the host's; recorder: filled by the instrumented passes.
+    guider: the host's guider; sigmas: the run's schedule, [steps + 1]; phrases: the words to record.
+    forward: marks the passes to record, see MapRecorder.
     """
 
     def __init__(self, guider, sigmas: Tensor, phrases: Sequence[str], forward: object):
@@ -36,8 +37,8 @@ class Session:
         self.network = self.base_model.diffusion_model
         self.backbone = find_backbone(self.network)
         self.positive = self._positive(guider)
-        self.chosen: dict | None = None  # the conditioning that is read at this noise level
-        self.most_active = 0  # the largest number of positive conditionings that were active together
+        self.chosen: dict | None = None  # the conditioning recorded at this noise level
+        self.most_active = 0  # largest number of positive conditionings active at once
         columns = find_columns(self.positive, phrases, self.backbone.streams)
         self.recorder = MapRecorder(columns, forward)
         self.schedule = Schedule.of(self.base_model.model_sampling, sigmas)
@@ -47,34 +48,34 @@ class Session:
     @staticmethod
     def _positive(guider) -> list[dict]:
         if "positive" not in guider.conds:
-            raise SteeringError(f"the guider {type(guider).__name__} has no conditioning called 'positive' to read. Use "
+            raise SteeringError(f"the guider {type(guider).__name__} has no conditioning called 'positive'. Use "
                                 "CFGGuider, BasicGuider or a KSampler.")
         return guider.conds["positive"]
 
     def run(self, function: Callable, model, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None,
             options: dict) -> Tensor:
-        """Calls the host's sampler function with a model and a callback that this session watches."""
+        """Calls the host's sampler function with this session's wrappers around the model and the callback."""
         raise NotImplementedError
 
     def choose(self, x: Tensor, sigma: Tensor) -> dict | None:
-        """The conditioning to read at this noise level: in the guider's order the first that is active and names all the
-        words, or None.
+        """The conditioning to record at this noise level, or None.
 
-        Chosen before the pass, since the host may run the conditionings in one batch or, short of memory, one by one in another
-        order.
+        It is the first in the guider's order that is active and names all the words. It is chosen before the pass, because a
+        host that is short of memory runs the conditionings one by one and in another order.
         """
-        ordered = sorted(self.positive, key=lambda cond: "default" in cond)  # the host runs those after all others
+        ordered = sorted(self.positive, key=lambda cond: "default" in cond)  # the host runs default conditionings last
         active = [cond for cond in ordered if comfy.samplers.get_area_and_mult(cond, x, sigma) is not None]
         self.chosen = next((cond for cond in active if cond["uuid"] in self.recorder.columns), None)
         if self.chosen is not None:
             self.most_active = max(self.most_active, len(active))
             self.recorder.conditioning = self.chosen["uuid"]
         return self.chosen
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """One evaluation of the model and `take` belong inside. However it ends, the recorder holds nothing of it afterwards.
+        """Context for one evaluation of the model and the `take` after it. On exit the recorder is always cleared.
 
-        Raises SteeringError where other packs make the maps unreadable.
+        Raises SteeringError where the maps cannot be matched to a conditioning.
         """
         try:
             yield
@@ -84,7 +85,10 @@ class Session:
             self.recorder.clear()
 
     def take(self, x: Tensor, sigma: Tensor) -> AttentionMaps:
-        """What was recorded of the model at x and sigma, in the whole picture where the conditioning has an area."""
+        """The maps recorded at x and sigma. Maps of a conditioning with an area are padded to the whole picture.
+
+        Raises UnreadableAttention where the network was evaluated on another size than x has.
+        """
         maps = self.recorder.take()
         if not maps.layers:
             return maps
@@ -97,14 +101,14 @@ class Session:
         return maps if area is None else maps.placed(area, x.shape[-2:])
 
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of how the conditionings were read."""
+        """Remarks for the user about the conditionings of this run."""
         if self.most_active < 2:
             return ()
         return (f"{self.most_active} positive conditionings are active together: only the first of them that names all the "
                 "objects is read and followed here. The others go on shaping the picture",)
 
     def outside_the_window(self, start: float, end: float) -> str:
-        """Why no step is worked on, in words."""
+        """Why the window contains no step, in words."""
         progress = self.schedule.progress
         if not progress:
             return "the schedule has no denoising step"
@@ -122,7 +126,7 @@ class Session:
         return AttentionRecord(phrases, self.layers, tuple(self.steps), self.notes())
 
     def result(self) -> Run:
-        """What this run leaves behind. Logs what went wrong."""
+        """The Run to file. Logs a warning where nothing was recorded."""
         maps = self.record()
         if not maps.steps:
             log.warning("%s", "; ".join(maps.notes))

@@ -1,4 +1,4 @@
-"""Steering a sampler run: the latent is moved before the first evaluation of each step in the window."""
+"""Steering a sampler run: moves the latent before the first evaluation of each step in the window."""
 from __future__ import annotations
 
 import copy
@@ -32,14 +32,18 @@ from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
 STEP_CACHES = ("easycache",)
-"""Keys of the host's wrappers that answer from an earlier step instead of running the model. A gradient needs the model, and
-an evaluation at a moved latent is no step for a cache to count."""
+"""Keys of the host's step caches, which skip the model and reuse the output of an earlier step. They are removed from steering
+passes: a gradient needs the model, and the cache must not count an evaluation at a moved latent as a step."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What to steer, by what, and how. on_update: called after each evaluation (progress); move: from a gradient to
-    the latent's displacement (a benchmark compares others)."""
+    """A request to steer.
+
+    graph: the relations; classifier: the source of the gradient; settings: how to steer.
+    on_update: called after each evaluation, for progress.
+    move: from a gradient to the latent's displacement; a benchmark replaces it.
+    """
 
     graph: RelationGraph
     classifier: RelationClassifier
@@ -53,7 +57,7 @@ class Steering:
 
 
 class PositiveOnly:
-    """Stands where the host's inpainting model expects the guider: the positive conditioning alone, without CFG."""
+    """Takes the guider's place inside the host's inpainting model: evaluates the positive conditioning alone, without CFG."""
 
     def __init__(self, base_model, conditioning: list[dict]):
         self.inner_model, self._conditioning = base_model, conditioning
@@ -63,7 +67,7 @@ class PositiveOnly:
 
 
 class SteeringSession(Session):
-    """Moves the sampler's latent before the first evaluation of each step in the window."""
+    """A session that moves the latent before the first evaluation of each step in the window."""
 
     def __init__(self, guider, sigmas: Tensor, steering: Steering, memory: MemoryPlan | None = None):
         super().__init__(guider, sigmas, steering.graph.phrases, object())
@@ -92,7 +96,7 @@ class SteeringSession(Session):
         return latent.result(result)
 
     def _steer(self, host_model, x: Tensor, sigma: Tensor, arguments: dict, step: int) -> Tensor | None:
-        """The move of the latent x at this step, or None. x is left as it is."""
+        """The move of the latent x at this step, in the sampler's space, or None if x stays. x itself is not written to."""
         settings, relations = self.steering.settings, self.steering.graph.relations
         arguments = self.instrumented(arguments)
         with differentiable(self.base_model) as self.writes:
@@ -140,7 +144,7 @@ class SteeringSession(Session):
         return Evaluation(judgement, gradient)
 
     def _refuse_a_cut(self, maps: AttentionMaps) -> None:
-        """Raises SteeringError where maps do not depend on the latent for autograd."""
+        """Raises SteeringError where autograd has no path from the maps back to the latent."""
         cut = [layer.name for layer in sorted(maps.layers, key=lambda layer: layer.order) if not layer.maps.requires_grad]
         if cut:
             first = ", ".join(cut[:3]) + (", ..." if len(cut) > 3 else "")
@@ -149,7 +153,7 @@ class SteeringSession(Session):
                                 f"{what_to_do(self.model_options)}")
 
     def instrumented(self, arguments: dict) -> dict:
-        """The sampler's arguments for the model, so that a pass is recorded and can be differentiated."""
+        """The sampler's arguments for the model, changed so that the pass is recorded and differentiable."""
         model_options = arguments["model_options"]
         transformer_options = {**model_options.get("transformer_options", {}), FORWARD_KEY: self.recorder.forward,
                                "optimized_attention_override": differentiable_attention}
@@ -158,7 +162,7 @@ class SteeringSession(Session):
             for kind, by_key in transformer_options.get("wrappers", {}).items()}
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
             self.network, transformer_options, self.recorder, self.memory.recompute)}
-        model_options.pop("multigpu_clones", None)  # the host evaluates on several GPUs without a gradient
+        model_options.pop("multigpu_clones", None)  # the host's evaluation on several GPUs has no gradient
         return {"denoise_mask": None, **arguments, "model_options": model_options}
 
     def _on_record(self, record: UpdateRecord) -> None:

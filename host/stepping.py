@@ -1,4 +1,4 @@
-"""A run's denoising steps and how far along the schedule each is; the model as a watched sampler function sees it."""
+"""The schedule of a sampler run, and the wrapper around the model that a sampler function is called with."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from ..steering.optimizer import StepInfo
 
 
 class SteeringError(ValueError):
-    """Steering cannot work with what was connected; the message says what, where and what to do."""
+    """Steering is not possible with these inputs; the message says what is wrong, where, and what to do."""
 
 
 class SampledModel:
-    """The model as a sampler function sees it, with `around(model, x, sigma, arguments)` for each evaluation."""
+    """A wrapper around the model that calls `around(model, x, sigma, arguments)` for each evaluation."""
 
     def __init__(self, wrapped: Callable, around: Callable):
         self.wrapped, self._around = wrapped, around
@@ -27,11 +27,11 @@ class SampledModel:
 
 
 class RehearsedModel(SampledModel):
-    """Stands for the model while a sampler function is only watched; sessions let it pass."""
+    """Replaces the model during a rehearsal. Sessions do not intercept it."""
 
 
 def unwrapped(model: Callable) -> Callable:
-    """The host's own model below any SampledModel."""
+    """The host's own model, without any SampledModel around it."""
     while isinstance(model, SampledModel):
         model = model.wrapped
     return model
@@ -39,20 +39,27 @@ def unwrapped(model: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run's noise levels, and for each denoising step the fraction of the whole schedule that lies behind it."""
+    """The schedule of a run.
+
+    sigmas: noise levels; len(sigmas) == steps + 1.
+    progress: for each denoising step, the fraction of the whole noise schedule completed before it.
+    """
 
     sigmas: tuple[float, ...]
     progress: tuple[float, ...]
 
     @staticmethod
     def of(model_sampling, sigmas: Tensor) -> Schedule:
-        """progress of step i is i/n for a whole schedule; a part of one (img2img, split sigmas) starts and ends at
-        the percent that the host gives its noise levels."""
+        """The schedule of a run over `sigmas`.
+
+        In a whole schedule of n steps, step i has progress i/n. A part of a schedule (img2img, split sigmas) starts and ends
+        at the percent that the host assigns to its noise levels.
+        """
         values = tuple(float(sigma) for sigma in sigmas)
         if len(values) < 2:
             return Schedule(values, ())
         first, last = percent_of_sigma(model_sampling, values[0]), percent_of_sigma(model_sampling, values[-1])
-        first = 0.0 if first < 0.05 else first  # schedules start a little below the highest noise level
+        first = 0.0 if first < 0.05 else first  # a whole schedule may start slightly below the highest noise level
         last = 1.0 if last > 0.98 else last
         steps = len(values) - 1
         return Schedule(values, tuple(first + (last - first) * step / steps for step in range(steps)))

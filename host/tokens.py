@@ -1,6 +1,6 @@
-"""Where a phrase's tokens are in the host's tokenised prompt.
+"""Finds the tokens of a phrase in the host's tokenised prompt.
 
-The positions travel inside the conditioning, so that what is steered is what was encoded.
+The tokenised prompt travels inside the conditioning, so steering always reads the prompt that was encoded.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..prompts.text import occurrences, without_embeddings
 from ..steering.attention import WordColumns
 
 CONDITIONING_KEY = "learn_to_steer_prompt"
-_EMBEDDING = "embedding:"  # how a prompt names a textual inversion
-_WORD_MARK = "\u2581"  # T5's vocabulary marks the beginning of a word with it
+_EMBEDDING = "embedding:"  # prefix of a textual inversion in a prompt
+_WORD_MARK = "\u2581"  # begins a word in T5's vocabulary
 _UNKNOWN = "?"
 
 
@@ -28,11 +28,11 @@ class TokenError(ValueError):
 
 @dataclass(frozen=True)
 class TokenisedPrompt:
-    """A prompt as the text encoders saw it.
+    """A prompt as the text encoders received it.
 
-    streams: token ids per text encoder ("l", "g", "h", "t5xxl"), chunks joined; -1 stands for an embedding.
-    tokenize: the encoder's own tokenizer, in the same form, for looking phrases up.
-    piece: a token's own text in the encoder's vocabulary, by stream and id, word marks included ("dog</w>").
+    streams: token ids per text encoder ("l", "g", "h", "t5xxl"), chunks joined; -1 marks an embedding.
+    tokenize: the encoder's tokenizer; returns ids in the form of `streams`. Used to look up phrases.
+    piece: from stream and id to the token's text in the vocabulary, word marks included ("dog</w>").
     """
 
     text: str
@@ -42,7 +42,7 @@ class TokenisedPrompt:
 
     @staticmethod
     def read(text: str, tokenizer, tokenize: Callable[[str], Mapping[str, Sequence]] | None = None) -> TokenisedPrompt:
-        """The prompt as the host's `tokenizer` sees it; tokenize: in place of the tokenizer's own (a CLIP adds options)."""
+        """Tokenises a prompt with the host's `tokenizer`, or with `tokenize` if given (a CLIP adds options)."""
         tokenize = tokenize or tokenizer.tokenize_with_weights
 
         def flat(words: str) -> dict[str, tuple[int, ...]]:
@@ -51,12 +51,12 @@ class TokenisedPrompt:
         return TokenisedPrompt(text, flat(text), flat, functools.partial(_piece, tokenizer))
 
     def find(self, phrase: str, stream: str) -> tuple[int, ...]:
-        """Positions of the phrase's tokens in `stream`; "dog#2" asks for the second occurrence.
+        """Positions of the phrase's tokens in `stream`. "dog#2" means the second occurrence.
 
-        The phrase counts where it stands as whole words, whatever the case. It begins at the first token with text of its
-        own: T5 writes "zebra" as the bare word mark, "z" and "ebra", and the mark is left out, as in the paper's code.
-        Raises TokenError where the prompt does not contain the phrase (often enough), and where the encoder's tokens join
-        it to another word.
+        A phrase matches whole words, regardless of case. A leading token that is only a word mark is left out, as in the
+        paper's code: T5 splits "zebra" into the bare mark, "z" and "ebra".
+        Raises TokenError where the prompt does not contain the phrase (or not that often), and where one of the encoder's
+        tokens joins the phrase to another word.
         """
         words, _, number = phrase.partition("#")
         words, wanted = words.strip(), int(number) if number.strip().isdecimal() else 1
@@ -72,21 +72,21 @@ class TokenisedPrompt:
                              "models/embeddings, or none for this encoder. Put it there, or name the object in words.")
         if not places:
             raise TokenError(f"input 'positive': in the prompt \"{self.text}\" the text encoder does not keep \"{words}\" "
-                             "apart from what stands beside it. Write a space before and after it, or use another word.")
+                             "apart from the text next to it. Write a space before and after it, or use another word.")
         tokens = self.streams[stream]
         first = next((i for i, place in enumerate(places) if self.piece(stream, tokens[place]).strip(_WORD_MARK)), 0)
         return places[first:]
 
     def _spans(self, words: str) -> list[tuple[int, int]]:
-        """(start, end) of the words in the text as the encoder reads it: the segments, a space between them.
+        """(start, end) of each occurrence of the words in the text, which is the segments joined by spaces.
 
-        Square and curly brackets separate words, as in the graph: "[cat]" is a cat. "_" does so only where the words
-        stand nowhere else, so that occurrences are numbered as in the graph.
+        Square and curly brackets separate words, as in the graph: "[cat]" is a cat. "_" separates words only if the words occur
+        nowhere else, so that occurrences are numbered as in the graph.
         """
         text, words = (re.sub(r"[\[\]{}]", " ", " ".join(_segments(part))) for part in (self.text, words))
         if not words.strip():
             return []
-        if _EMBEDDING not in words:  # "dog" is no word of "embedding:dog"
+        if _EMBEDDING not in words:  # "dog" does not match inside "embedding:dog"
             text = without_embeddings(text)
         return occurrences(words, text) or occurrences(words, text.replace("_", " "))
 
@@ -98,10 +98,10 @@ class TokenisedPrompt:
                 "the relation.")
 
     def _places(self, start: int, end: int, stream: str) -> tuple[int, ...]:
-        """Positions of the tokens that cover `start` to `end` of the text as read, () where other words share them.
+        """Positions of the tokens that cover `start` to `end` of the joined segments; () where another word shares one.
 
-        Between two tokens the text may be cut: what is before the cut has the same tokens without what follows. Where
-        a token reaches over the border of the span ("'d" in "'dog'"), punctuation beside the span is taken in.
+        A cut lies between two tokens if the text before it, tokenised alone, gives the same tokens as in the whole text. Where
+        a token crosses the border of the span ("'d" in "'dog'"), the span grows to include the punctuation beside it.
         """
         segments, special = _segments(self.text), set(self.tokenize("")[stream])
         text = " ".join(segments)
@@ -109,7 +109,7 @@ class TokenisedPrompt:
         tokens = [self.streams[stream][place] for place in places]
 
         def before(cut: int) -> int | None:
-            """How many tokens are before the cut; None where it goes through a token."""
+            """Number of tokens before the cut; None where the cut goes through a token."""
             head = [token for token in self.tokenize(_up_to(cut, segments))[stream] if token not in special]
             return len(head) if tokens[:len(head)] == head else None
 
@@ -120,9 +120,9 @@ class TokenisedPrompt:
         return () if first is None or last is None else tuple(places[first:last])
 
     def columns(self, phrases: Sequence[str], streams: Sequence[str], tokens: int) -> WordColumns:
-        """Columns of the phrases among `tokens` text tokens; the first of `streams` that exists counts.
+        """Columns of the phrases among `tokens` text tokens, in the first of `streams` that exists.
 
-        A phrase of several tokens is the average over them.
+        A phrase of several tokens averages over them. Raises TokenError where no stream exists or a phrase is not found.
         """
         stream = next((name for name in streams if name in self.streams), None)
         if stream is None:
@@ -132,16 +132,19 @@ class TokenisedPrompt:
 
 
 def _segments(text: str) -> list[str]:
-    """The pieces of one weight each that the host tokenises one by one, without "(...:1.2)" and escapes.
+    """The segments of equal weight that the host tokenises separately, without "(...:1.2)" and escapes.
 
-    NFC is what both tokenizers make of the text first.
+    The text is normalised to NFC first, as in both tokenizers.
     """
     weighted = token_weights(escape_important(unicodedata.normalize("NFC", text)), 1.0)
     return [segment for segment in (unescape_important(words) for words, _ in weighted) if segment]
 
 
 def _up_to(cut: int, segments: Sequence[str]) -> str:
-    """The prompt up to the cut, a place in the segments joined by spaces, with the same segments for the host."""
+    """The prompt up to `cut`, written so that the host splits it into the same segments.
+
+    cut: index into the segments joined by spaces.
+    """
     text = ""
     for segment in segments:
         head = segment[:max(cut, 0)].replace("(", "\\(").replace(")", "\\)")
@@ -155,35 +158,35 @@ def _is_mark(character: str) -> bool:
 
 
 def _piece(tokenizer, stream: str, token: int) -> str:
-    """A token's own text; of an embedding, and where the vocabulary does not name it, a placeholder."""
+    """A token's text in the vocabulary; a placeholder for an embedding or an unknown id."""
     part = getattr(tokenizer, stream, None) or getattr(tokenizer, f"clip_{stream}", None)
     return getattr(part, "inv_vocab", {}).get(token, _UNKNOWN)
 
 
 def flat_tokens(tokenised: Mapping[str, Sequence]) -> dict[str, tuple[int, ...]]:
-    """Token ids of the host's `clip.tokenize`, chunks joined."""
+    """Token ids per stream from the output of the host's `clip.tokenize`, chunks joined; -1 marks an embedding."""
     return {stream: tuple(-1 if isinstance(pair[0], Tensor) else int(pair[0]) for chunk in chunks for pair in chunk)
             for stream, chunks in tokenised.items()}
 
 
 def _tokenizer(clip) -> Callable[[str], Mapping[str, Sequence]]:
-    """The host's `clip.tokenize` without the text encoder itself, which a conditioning must not keep in memory."""
+    """The host's `clip.tokenize` without the text encoder: a conditioning must not keep the encoder in memory."""
     options = {"tokenizer_options": dict(clip.tokenizer_options)} if clip.tokenizer_options else {}
     return functools.partial(clip.tokenizer.tokenize_with_weights, **options)
 
 
 def encode_prompt(clip, text: str) -> list:
-    """CONDITIONING of `text`, as the host's CLIPTextEncode makes it, with the token positions inside."""
+    """CONDITIONING of `text`, as from the host's CLIPTextEncode, with the tokenised prompt inside."""
     prompt = TokenisedPrompt.read(text, clip.tokenizer, _tokenizer(clip))
     return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={CONDITIONING_KEY: prompt})
 
 
 def find_columns(conditionings: Sequence[dict], phrases: Sequence[str], streams: Sequence[str]
                  ) -> dict[object, WordColumns]:
-    """The word columns of each conditioning that carries a prompt with all `phrases`, by the host's uuid.
+    """The word columns of each conditioning whose prompt contains all `phrases`, keyed by the host's uuid.
 
     conditionings: the sampler's positive conditionings (dicts with "cross_attn" and "uuid").
-    Raises TokenError where none fits, with the reason of the first that failed.
+    Raises TokenError where no conditioning fits, with the reason of the first that failed.
     """
     found, failures = {}, []
     for conditioning in conditionings:
@@ -201,4 +204,4 @@ def find_columns(conditionings: Sequence[dict], phrases: Sequence[str], streams:
     raise TokenError("input 'positive': this conditioning does not say where the words are. Take the 'positive' output "
                      "of \"Multi-Relation Graph\", or encode the prompt with \"Text Encode (Steerable)\" instead of "
                      "CLIP Text Encode. Where \"Conditioning (Concat)\" or \"Conditioning (Average)\" stands in between, connect "
-                     "it to 'conditioning_to': what comes in by 'conditioning_from' loses the places of its words.")
+                     "it to 'conditioning_to': the input 'conditioning_from' loses the positions of the words.")

@@ -1,4 +1,4 @@
-"""A sheet to draw pictures with text and lines on, shared by `charts.py` and `pictures.py`. Plain torch and Pillow."""
+"""A canvas for pictures, text and lines, shared by `charts.py` and `overlays.py`. Plain torch and Pillow."""
 from __future__ import annotations
 
 import math
@@ -33,12 +33,12 @@ def series_colour(index: int) -> Colour:
 
 
 def tint(colour: Colour, share: float) -> Colour:
-    """`colour` mixed into white: a light variant that needs no transparency."""
+    """`colour` mixed with white. share: 1 gives the colour, 0 white."""
     return tuple(round(255 + share * (value - 255)) for value in colour)
 
 
 def _dashes(points: Sequence[Point], length: float) -> list[list[Point]]:
-    """Every second piece of `length` along a polyline."""
+    """The dashes of a polyline: every second piece of `length`."""
     pieces: list[list[Point]] = []
     travelled = 0.0
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
@@ -55,16 +55,18 @@ def _dashes(points: Sequence[Point], length: float) -> list[list[Point]]:
 
 
 def _plain(text: str) -> str:
-    """One line without accents: Pillow's built-in font has the basic Latin letters alone."""
+    """The text on one line and without accents, because Pillow's built-in font has basic Latin letters only."""
     letters = unicodedata.normalize("NFKD", " ".join(text.split()))
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 class Canvas:
-    """A sheet to draw on: (0, 0) is the upper left, lengths in layout pixels.
+    """A drawing surface. The origin is the upper left corner; lengths are in layout pixels.
 
-    size: (height, width) of the finished picture; zoom: picture pixels per layout pixel, so that one layout serves
-    every size; oversample: drawn that many times larger and reduced at the end, which smooths slanted lines.
+    size: (height, width) of the finished picture, in pixels.
+    zoom: picture pixels per layout pixel, so that one layout serves every size.
+    oversample: factor by which the drawing is larger than the picture; reducing it at the end smooths slanted lines.
+    Raises ValueError for a size under 16 pixels.
     """
 
     def __init__(self, size: tuple[int, int], zoom: float = 1.0, oversample: int = 1) -> None:
@@ -84,7 +86,7 @@ class Canvas:
         return max(1, round(width * self._scale))
 
     def line(self, points: Sequence[Point], colour: Colour, width: float = 1.0, dash: float = 0.0) -> None:
-        """A polyline; dash: length of its dashes and gaps, 0 for a solid line."""
+        """Draws a polyline. dash: length of dashes and gaps, 0 for a solid line."""
         if dash:
             for piece in _dashes(points, dash):
                 self.line(piece, colour, width)
@@ -101,7 +103,7 @@ class Canvas:
                            width=self._thick(1.8))
 
     def mark(self, x: float, y: float, radius: float, colour: Colour, width: float = 2.0) -> None:
-        """A diagonal cross."""
+        """Draws a diagonal cross."""
         for slope in (-1, 1):
             self.line([(x - radius, y - slope * radius), (x + radius, y + slope * radius)], colour, width)
 
@@ -110,7 +112,7 @@ class Canvas:
 
     def text(self, x: float, y: float, text: str, size: float, colour: Colour = INK, anchor: str = "ls",
              room: float = math.inf) -> None:
-        """One line of text; anchor: Pillow's two letters; room: width beyond which it is shortened with dots."""
+        """Draws one line of text. anchor: Pillow's two letters; room: longest width, beyond which "..." shortens the text."""
         text = _plain(text)
         if self.text_width(text, size) > room:
             while text and self.text_width(text + "...", size) > room:
@@ -119,7 +121,7 @@ class Canvas:
         self._draw.text(self._at(x, y), text, fill=colour, font=_font(self._thick(size)), anchor=anchor)
 
     def vertical_text(self, x: float, y: float, text: str, size: float, colour: Colour = INK) -> None:
-        """Text read from below, its middle at (x, y)."""
+        """Draws text that reads upward, centred at (x, y)."""
         text, font = _plain(text), _font(self._thick(size))
         stamp = Image.new("L", (math.ceil(font.getlength(text)) + 4, self._thick(size * 1.6)))
         ImageDraw.Draw(stamp).text((stamp.width / 2, stamp.height / 2), text, fill=255, font=font, anchor="mm")
@@ -128,7 +130,7 @@ class Canvas:
         self._image.paste(colour, (round(left - stamp.width / 2), round(top - stamp.height / 2)), stamp)
 
     def wrap(self, text: str, size: float, room: float) -> list[str]:
-        """`text` broken at spaces into lines no wider than `room` (a longer word has a line of its own)."""
+        """`text` broken at spaces into lines no wider than `room`. A longer word gets its own line."""
         lines: list[str] = []
         for word in text.split():
             if lines and self.text_width(f"{lines[-1]} {word}", size) <= room:
@@ -156,7 +158,7 @@ def to_pillow(picture: Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Frame:
-    """A plotting area in layout pixels and the ranges of the values it shows."""
+    """A plotting area in layout pixels, and the ranges of the values shown in it."""
 
     left: float
     top: float
@@ -174,12 +176,12 @@ class Frame:
         return self.left + (value - low) / (high - low) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """The height of `value`, held inside the frame."""
+        """The y position of `value`, clamped to the frame."""
         low, high = self.y_range
         return self.bottom - min(max((value - low) / (high - low), 0), 1) * (self.bottom - self.top)
 
     def runs(self, points: Sequence[Point]) -> list[list[Point]]:
-        """Positions of `points` as unbroken runs: a value that is not finite leaves a gap."""
+        """Positions of `points` as unbroken runs. A value that is not finite leaves a gap."""
         return [[(self.x(x), self.y(y)) for x, y in run]
                 for finite, run in groupby(points, lambda point: math.isfinite(point[0]) and math.isfinite(point[1]))
                 if finite]

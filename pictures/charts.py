@@ -17,7 +17,7 @@ from .canvas import BAND, GREEN, GREY, INK, PANEL, RED, RULE, SERIES, Canvas, Co
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """shape: "line", "dashes", "dot", "ring" or "cross"."""
+    """An entry of a legend. shape: "line", "dashes", "dot", "ring" or "cross"."""
 
     label: str
     colour: Colour
@@ -25,7 +25,7 @@ class LegendEntry:
 
 
 def _chart(size: tuple[int, int], title: str, remark: str = "") -> Canvas:
-    """A sheet with a title; 512 x 768 is the size at which a layout pixel is a picture pixel."""
+    """A canvas with a title. At 512 x 768 a layout pixel is one picture pixel."""
     canvas = Canvas(size, zoom=min(size[0] / 512, size[1] / 768), oversample=3)
     canvas.text(20, 34, title, 20, room=canvas.width - 40)
     canvas.text(20, 54, remark, 13, GREY, room=canvas.width - 40)
@@ -33,7 +33,7 @@ def _chart(size: tuple[int, int], title: str, remark: str = "") -> Canvas:
 
 
 def _legend(canvas: Canvas, top: float, entries: Sequence[LegendEntry]) -> float:
-    """Draws the entries in as many rows as they need and returns where the rows end."""
+    """Draws the entries in rows. Returns the y position below the last row."""
     x, y, size, swatch = 20.0, top + 9, 14, 26
     for entry in entries:
         room = canvas.width - 40 - swatch - 8
@@ -64,7 +64,7 @@ def _ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def _span(values: Sequence[float]) -> Point:
-    """The range of the finite values with a little air; never empty."""
+    """The range of the finite values with a margin; never empty."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     air = 0.04 * (high - low) if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else max(abs(low) * 0.1, 0.1)
@@ -72,7 +72,7 @@ def _span(values: Sequence[float]) -> Point:
 
 
 def _grid(canvas: Canvas, frame: Frame, y_ticks: Mapping[float, str], label: str) -> None:
-    """Horizontal rules with their values at the left, and the name of the axis."""
+    """Draws horizontal rules with their values on the left, and the name of the axis."""
     for value, text in y_ticks.items():
         canvas.line([(frame.left, frame.y(value)), (frame.right, frame.y(value))], RULE, 1)
         canvas.text(frame.left - 8, frame.y(value), text, 13, GREY, "rm")
@@ -93,16 +93,16 @@ def _norm_logarithms(record: UpdateRecord) -> list[float]:
     return [math.log10(norm) if 0 < norm < math.inf else math.nan for norm in record.gradient_norm or ()]
 
 
-def _pick(rows: Sequence[Sequence[float]], index: int) -> list[Point]:
-    """(number of the row, its value at `index`); NaN where the row is shorter."""
+def _column(rows: Sequence[Sequence[float]], index: int) -> list[Point]:
+    """Points (number of the row, value at `index`); the value is NaN where the row is shorter."""
     return [(number, row[index] if index < len(row) else math.nan) for number, row in enumerate(rows)]
 
 
 def _curves(canvas: Canvas, frame: Frame, rows: Sequence[Sequence[float]], colour: Colour) -> list[Point]:
-    """The mean of each row as a line, and a thin line per column of several. Returns the mean's points."""
+    """Draws the mean of each row as a line and, for several columns, each column as a thin line. Returns the mean's points."""
     columns = max((len(row) for row in rows), default=0)
     for column in range(columns if columns > 1 else 0):
-        for run in frame.runs(_pick(rows, column)):
+        for run in frame.runs(_column(rows, column)):
             canvas.line(run, tint(colour, 0.4), 1)
     mean = [(number, _mean(row)) for number, row in enumerate(rows)]
     for run in frame.runs(mean):
@@ -113,7 +113,7 @@ def _curves(canvas: Canvas, frame: Frame, rows: Sequence[Sequence[float]], colou
 
 
 def _step_bands(canvas: Canvas, frames: Sequence[Frame], records: Sequence[UpdateRecord]) -> None:
-    """Every second denoising step shaded, its number under the lowest frame where there is room."""
+    """Shades every second denoising step, and writes step numbers under the lowest frame as space permits."""
     lowest, free, number = frames[-1], -math.inf, 0
     for band, (step, group) in enumerate(groupby(records, lambda record: record.step)):
         count = len(list(group))
@@ -167,10 +167,10 @@ def _nothing_steered(report: SteeringReport, size: tuple[int, int]) -> Tensor:
 
 
 def probability_plot(report: SteeringReport, size: tuple[int, int] = (512, 768), stop: float | None = None) -> Tensor:
-    """The course of a run, [H, W, 3]: each relation's probability over the evaluations, and the gradient's norm below.
+    """The course of a run as a picture [H, W, 3]: each relation's probability per evaluation, and the gradient norm below.
 
-    Shaded bands are denoising steps. A batch is shown by its mean, with a thin line per picture. stop: the stopping
-    probability, drawn as a dashed line.
+    Shaded bands are denoising steps. A batch is drawn as its mean, with a thin line per picture.
+    stop: the stopping probability, drawn as a dashed line.
     """
     records = report.records
     if not records:
@@ -216,9 +216,9 @@ def probability_plot(report: SteeringReport, size: tuple[int, int] = (512, 768),
 
 def curve_chart(series: Mapping[str, Sequence[Point]], title: str, x_label: str, y_label: str,
                 size: tuple[int, int] = (512, 768), y_range: Point | None = None) -> Tensor:
-    """Lines through (x, y) points, one per name, as [H, W, 3]; a value that is not finite leaves a gap.
+    """Lines through (x, y) points, one per name, as a picture [H, W, 3]. A value that is not finite leaves a gap.
 
-    y_range: lowest and highest y shown; left out, what the data needs. Points are marked where a line has few.
+    y_range: lowest and highest y shown, by default those of the data. A line of few points has its points marked.
     """
     canvas = _chart(size, title)
     top = _legend(canvas, 48, [LegendEntry(name, series_colour(index)) for index, name in enumerate(series)]) + 6
@@ -247,9 +247,9 @@ def curve_chart(series: Mapping[str, Sequence[Point]], title: str, x_label: str,
 
 
 def matrix_chart(matrix: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Tensor:
-    """A table of coloured cells with their numbers, [H, W, 3]; the largest value has the darkest cell.
+    """A table of coloured cells with their numbers, as a picture [H, W, 3]. The largest value has the darkest cell.
 
-    matrix: [rows, columns], whole numbers (counts) or fractions. Its picture is as large as the table needs.
+    matrix: [rows, columns], whole numbers (counts) or fractions. The size of the picture follows from the table.
     """
     if tuple(matrix.shape) != (len(rows), len(columns)) or matrix.numel() == 0:
         raise ValueError(f"matrix_chart: a matrix of shape {tuple(matrix.shape)} does not fit {len(rows)} row and "

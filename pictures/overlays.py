@@ -25,50 +25,51 @@ _HEAT = ((6, 10, 48), (44, 14, 98), (92, 18, 124), (138, 30, 124), (182, 48, 108
          (252, 168, 52), (252, 228, 120))
 
 
-def _unit_range(map: Tensor) -> Tensor:
-    """[h, w] on the CPU, its smallest value 0 and its largest 1; flat maps and values that are not finite become 0."""
-    if map.ndim != 2 or map.numel() == 0:
-        raise ValueError(f"An attention map must be [height, width] and not empty; got shape {tuple(map.shape)}.")
-    map = map.detach().float().cpu()
-    finite = map.isfinite()
+def _unit_range(attention_map: Tensor) -> Tensor:
+    """The map [h, w] scaled to 0..1, on the CPU. A flat map and values that are not finite become 0."""
+    if attention_map.ndim != 2 or attention_map.numel() == 0:
+        raise ValueError(f"An attention map must be [height, width] and not empty; got shape {tuple(attention_map.shape)}.")
+    values = attention_map.detach().float().cpu()
+    finite = values.isfinite()
     if not finite.any():
-        return torch.zeros_like(map)
-    low, high = map[finite].min(), map[finite].max()
-    # Below this spread there are only rounding errors, which must not be blown up to a pattern.
+        return torch.zeros_like(values)
+    low, high = values[finite].min(), values[finite].max()
+    # A smaller range is rounding error, which must not be amplified into a pattern.
     if high - low <= 1e-6 * high.abs():
-        return torch.zeros_like(map)
-    return torch.where(finite, (map - low) / (high - low), 0).clamp(0, 1)
+        return torch.zeros_like(values)
+    return torch.where(finite, (values - low) / (high - low), 0).clamp(0, 1)
 
 
 def _resize(picture: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """[H, W, channels] to another (height, width)."""
+    """Resizes [H, W, channels] to size (height, width)."""
     options = {} if mode == "nearest-exact" else {"align_corners": False, "antialias": True}
     return F.interpolate(picture.movedim(-1, 0)[None], size, mode=mode, **options)[0].movedim(0, -1).clamp(0, 1)
 
 
-def _heat(map: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The map's colours [H, W, 3] and its heat [H, W, 1] in 0..1, both smoothly enlarged to `size`."""
-    heat = _resize(_unit_range(map)[..., None], size, "bicubic")
+def _heat(attention_map: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The map's colours [H, W, 3] and its scaled values [H, W, 1] in 0..1, both smoothly resized to `size`."""
+    heat = _resize(_unit_range(attention_map)[..., None], size, "bicubic")
     table = torch.tensor(_HEAT) / 255
     place = heat[..., 0] * (len(_HEAT) - 1)
     lower = place.floor().long().clamp(max=len(_HEAT) - 2)
     return torch.lerp(table[lower], table[lower + 1], (place - lower)[..., None]), heat
 
 
-def heat_map(map: Tensor, size: tuple[int, int]) -> Tensor:
+def heat_map(attention_map: Tensor, size: tuple[int, int]) -> Tensor:
     """An attention map [h, w] as colours [H, W, 3], from its smallest value (dark blue) to its largest (yellow).
 
-    size: (height, width) of the result. A flat map, or one without a finite value, is dark blue all over.
+    size: (height, width) of the result. A flat map, or one without a finite value, is uniformly dark blue.
     """
-    return _heat(map, size)[0]
+    return _heat(attention_map, size)[0]
 
 
-def soft_centre(map: Tensor) -> tuple[float, float] | None:
-    """Where the attention of a map [h, w] lies: (x, y) as fractions of the sides, y downward; None for a flat map.
+def soft_centre(attention_map: Tensor) -> tuple[float, float] | None:
+    """The soft centre of a map [h, w]: (x, y) as fractions of the sides, y downward; None for a flat map.
 
-    The mean position under the squared map, its minimum subtracted: what the geometric classifier reads by default.
+    It is the mean position weighted by the squared map, after subtracting the minimum, as in the geometric classifier's
+    default settings.
     """
-    weight = _unit_range(map).double() ** 2
+    weight = _unit_range(attention_map).double() ** 2
     if not weight.any():
         return None
     rows, columns = ((torch.arange(length) + 0.5) / length for length in weight.shape)
@@ -77,12 +78,12 @@ def soft_centre(map: Tensor) -> tuple[float, float] | None:
 
 
 def _panel_size(height: int, width: int) -> tuple[int, int]:
-    """The largest (height, width) a picture of this size is shown at."""
+    """The largest (height, width) at which a picture of this size is shown."""
     return LARGEST_PANEL, min(LARGEST_PANEL, width * math.ceil(SMALLEST_PANEL / width))
 
 
 def _fitted_size(height: int, width: int, room: tuple[int, int]) -> tuple[int, int]:
-    """Size inside `room` with the same proportions: a whole multiple, or a reduction."""
+    """The largest size inside `room` with the same proportions: a whole multiple, or a reduction."""
     factor = min(room[0] / height, room[1] / width)
     factor = math.floor(factor) if factor >= 1 else factor
     return max(1, round(height * factor)), max(1, round(width * factor))
@@ -98,7 +99,7 @@ def _fit(picture: Tensor, room: tuple[int, int]) -> Tensor:
 
 
 def _sheet(panels: Sequence[Tensor], labels: Sequence[str], columns: int, caption: str = "") -> Tensor:
-    """Panels [H, W, 3] in a grid, each in the middle of its cell with its label above, a caption over all."""
+    """Panels [H, W, 3] in a grid, each centred in its cell under its label, with a caption on top."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     cell_height = max(panel.shape[0] for panel in panels)
@@ -129,11 +130,11 @@ def _draw_cross(panel: Tensor, centre: tuple[float, float]) -> None:
 
 def overlay(image: Tensor | None, maps: Tensor, labels: Sequence[str], caption: str = "",
             strength: float = 0.6) -> Tensor:
-    """Where each word's attention lies in a picture: one panel per word, side by side, as one picture [H, W, 3].
+    """Attention maps over a picture: one panel per word, side by side, as one picture [H, W, 3].
 
-    image: [H, W, 3], or None for the heat maps alone; maps: [words, h, w], scaled per word; strength: how much of the
-    hottest place's colour covers the picture, 0..1. The cross marks the map's soft centre. Raises ValueError where
-    the numbers of maps and labels differ.
+    image: [H, W, 3], or None for the heat maps alone; maps: [words, h, w], scaled per word.
+    strength: opacity of the colour at the map's maximum, 0..1. A cross marks the map's soft centre.
+    Raises ValueError where the numbers of maps and labels differ.
     """
     if maps.ndim != 3 or len(maps) != len(labels) or not len(maps):
         raise ValueError(f"overlay: maps must be [words, h, w] with one label each; got shape {tuple(maps.shape)} and "
@@ -143,11 +144,11 @@ def overlay(image: Tensor | None, maps: Tensor, labels: Sequence[str], caption: 
     picture = _fit(image, room) if image is not None else None
     size = tuple(picture.shape[:2]) if picture is not None else _fitted_size(*shown_as, room)
     panels = []
-    for map in maps:
-        colours, heat = _heat(map, size)
-        # Cold places are dimmed a little, or hot ones would not stand out on a light picture.
+    for attention_map in maps:
+        colours, heat = _heat(attention_map, size)
+        # Low values are dimmed a little, so that high ones stand out on a light picture.
         panel = colours if picture is None else torch.lerp(picture, colours, strength * (0.4 + 0.6 * heat))
-        if (centre := soft_centre(map)) is not None:
+        if (centre := soft_centre(attention_map)) is not None:
             _draw_cross(panel, centre)
         panels.append(panel)
     return _sheet(panels, labels, len(panels), caption)
@@ -160,9 +161,10 @@ def captioned(image: Tensor | None, caption: str) -> Tensor:
 
 
 def contact_sheet(images: Sequence[Tensor], labels: Sequence[str], columns: int) -> Tensor:
-    """Pictures [H, W, 3], of any sizes, in a grid with a label above each, as one picture [H, W, 3].
+    """Pictures [H, W, 3] of any size in a grid, each under its label, as one picture [H, W, 3].
 
-    Each is brought to the size of the largest (256 to 512 pixels) by a whole factor or a reduction.
+    Each picture is resized to the largest (256 to 512 pixels) by a whole factor or a reduction.
+    Raises ValueError without pictures, and where the numbers of pictures and labels differ.
     """
     if not images or len(images) != len(labels) or columns < 1:
         raise ValueError(f"contact_sheet: needs at least one picture, one label each and one column; got {len(images)} "
@@ -173,7 +175,7 @@ def contact_sheet(images: Sequence[Tensor], labels: Sequence[str], columns: int)
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Writes a picture [H, W, 3], or a batch of one, as an 8-bit PNG; makes its folder."""
+    """Writes a picture [H, W, 3], or a batch of one, as an 8-bit PNG. Makes the folder. Raises ValueError otherwise."""
     if image.ndim == 4 and len(image) == 1:
         image = image[0]
     if image.ndim != 3 or image.shape[-1] != 3:

@@ -1,12 +1,12 @@
-"""Within a sentence: which phrases a relation is said of, and what it is said to be beside.
+"""Finds the subjects and the objects of a relation within its sentence.
 
-How prompts are read where English leaves a choice:
+Rules for prompts that English leaves ambiguous:
 - "A r1 B r2 C" is a chain: B is the subject of r2. So is "A r1 B, which is r2 C".
-- "A r1 B and r2 C", "A r1 B, r2 C" and "... and it is r2 C" speak of A again.
-- "A is r1 B and C" places A against both; without a verb ("A r1 B and C") only against B, C merely being there.
-- "A and B are r C" places both; "A and B r C" only B.
-- "A with B r C" speaks of A where B is something that A has ("a man with a guitar"), of B where A is a scene.
-Where a reader would have to guess, `Unclear` says why.
+- In "A r1 B and r2 C", "A r1 B, r2 C" and "... and it is r2 C" the subject of r2 is A.
+- "A is r1 B and C" relates A to both B and C. Without a verb ("A r1 B and C") it relates A to B only.
+- "A and B are r C" relates both A and B to C. "A and B r C" relates B only.
+- In "A with B r C" the subject is A if A has B ("a man with a guitar"), and B if A is a scene.
+Every other ambiguous case raises `Unclear` with the reason.
 """
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .elements import Element, Mark, Noun
-from .pronouns import Unclear, is_many, leading_pronoun, listed, meant_by
-from .segments import BOUNDARIES, Segment, head, is_alive, is_person, is_thing, kinds_of, nouns_of, split, things
+from .pronouns import Unclear, is_many, leading_pronoun, listed, referents
+from .segments import BOUNDARIES, Segment, head, is_alive, is_person, kinds_of, main_nouns, names_object, nouns_of, split
 from .vocabulary import ATTRIBUTES, SCENES
 
 NEGATED = "it is negated, and nothing is steered away from a relation"
@@ -25,7 +25,7 @@ NO_OBJECT = "it does not say of what"
 
 
 def _one_of(candidates: Sequence[Noun], joined: bool) -> list[Noun]:
-    """The one that ", sitting under a tree" is said of."""
+    """The subjects of ", sitting under a tree" among the candidates. Raises Unclear where several could be meant."""
     people = [noun for noun in candidates if is_person(noun)]
     if len(candidates) == 1 or joined:
         return list(candidates)
@@ -38,9 +38,11 @@ def _one_of(candidates: Sequence[Noun], joined: bool) -> list[Noun]:
 
 @dataclass(frozen=True)
 class Context:
-    """What was said before: the subjects of the last relation, its objects, the things of the last sentence.
+    """What precedes a relation.
 
-    opening: no relation stands before in this sentence.
+    opening: whether the relation is the first of its sentence.
+    subjects, objects: those of the previous relation.
+    before: the main nouns of the previous sentence.
     awaiting: subjects of this sentence that have no verb yet: "the lamp above the table is ...".
     """
 
@@ -52,19 +54,19 @@ class Context:
 
 
 def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: bool = False) -> list[Noun]:
-    """The phrases that a relation is said of, given what stands before it. Raises Unclear.
+    """The subjects of a relation, given the elements before it. Raises Unclear.
 
-    of_pronoun: its object is a pronoun ("a table with a lamp above it") or something of the owner ("his head").
+    of_pronoun: the relation's object is a pronoun ("a table with a lamp above it") or has a possessive ("his head").
     """
     while elements and elements[-1] == Mark("newline"):
-        elements = elements[:-1]  # a line broken before the relation
+        elements = elements[:-1]  # a line break before the relation
     segments = split(elements)
     clause, earlier = segments[-1], segments[:-1]
     noun = head(clause)
     if Mark("not") in clause.elements and (noun is None or _is_negated(clause.elements)):
         raise Unclear(NEGATED)
     if of_pronoun and isinstance(clause.elements[-1:][0] if clause.elements else None, Noun) \
-            and clause.elements[-1].link == "verb" and is_thing(clause.elements[-1]):
+            and clause.elements[-1].link == "verb" and names_object(clause.elements[-1]):
         return [clause.elements[-1]]  # "a man holding an umbrella above his head"
     if noun is None:
         return _subjects_before(clause, earlier, context)
@@ -88,22 +90,22 @@ def _may_be_worn(noun: Noun, before: Segment) -> bool:
 
 
 def has_verb(clause: Segment) -> bool:
-    """True for a clause with "is", "are", "sits" of its own: not "which is"."""
+    """Whether the clause has its own "is", "are" or "sits"; "which is" does not count."""
     return bool(clause.kinds & {"is", "are"}) and "relative" not in clause.kinds
 
 
 def _is_negated(elements: Sequence[Element]) -> bool:
-    """True where "not" belongs to the relation: no phrase follows it."""
+    """Whether "not" negates the relation. It does not where a phrase or an adjective follows it."""
     return any(element == Mark("not") and not (elements[index + 1:index + 2] and (
         isinstance(elements[index + 1], Noun) or elements[index + 1] == Mark("adjective")))
                for index, element in enumerate(elements))
 
 
 def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Context) -> list[Noun]:
-    """The subjects where the clause itself names none: "a woman, sitting under", "It is above", "and above"."""
+    """The subjects of a relation whose clause names none: "a woman, sitting under", "It is above", "and above"."""
     kinds = clause.kinds
     resumes = has_verb(clause) and clause.joint == "comma"  # "..., and a bird, which is blue, is"
-    here = things(earlier if context.opening else earlier[1:] if resumes else [])
+    here = main_nouns(earlier if context.opening else earlier[1:] if resumes else [])
     if "unclear" in kinds:
         raise Unclear(NO_SUBJECT)
     if kinds & {"they", "both"}:
@@ -114,9 +116,9 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
     if resumes and context.awaiting and not here:
         return list(context.awaiting)
     if kinds & {"former", "latter"}:
-        return meant_by("former" if "former" in kinds else "latter", here or context.before, ())
+        return referents("former" if "former" in kinds else "latter", here or context.before, ())
     if "relative" in kinds:
-        return things(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+        return main_nouns(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
     if clause.joint == "or":
         raise Unclear(CHOICE)
     if here:
@@ -132,9 +134,9 @@ def _none() -> list[Noun]:
 
 
 def _owner_or_owned(noun: Noun, earlier: Sequence[Segment], opening: bool) -> Noun:
-    """Who "A with B above C" is said of: A or B."""
+    """The subject of "A with B above C": A or B."""
     owner = head(earlier[-1])
-    if owner is None or owner.last_word in SCENES or not is_thing(owner):
+    if owner is None or owner.last_word in SCENES or not names_object(owner):
         return noun
     if not is_alive(noun):
         return owner
@@ -152,7 +154,7 @@ def _joined_before(elements: Sequence[Element], clause: Segment, opening: bool) 
         index -= 1
         if isinstance(elements[index], Noun):
             if index == 0 and not opening:
-                break  # the object of the relation before
+                break  # the object of the previous relation
             if not (index and elements[index - 1] == Mark("not")):
                 joined.insert(0, elements[index])
             index -= 1
@@ -160,7 +162,7 @@ def _joined_before(elements: Sequence[Element], clause: Segment, opening: bool) 
 
 
 def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> list[Noun]:
-    """The phrases right after a relation: one, or several where a verb or "both" says that all are meant."""
+    """The objects of a relation: the first phrase after it, or several phrases after a verb or "both"."""
     while after and after[0] in (Mark("newline"), Mark("both"), Mark("aside")):
         has_verb = has_verb or after[0] == Mark("both")
         after = after[1:]
@@ -190,7 +192,7 @@ def find_objects(after: Sequence[Element], has_verb: bool, is_last: bool) -> lis
 
 
 def _begins_clause(rest: Sequence[Element]) -> bool:
-    """True where the phrase before `rest` has a verb of its own: "above a cat, and a bird, which is red, is ..."."""
+    """Whether the phrase before `rest` has its own verb: "above a cat, and a bird, which is red, is ..."."""
     return bool(kinds_of(rest) & {"is", "are"}) and Mark("and") not in rest and not nouns_of(rest)
 
 

@@ -1,6 +1,6 @@
-"""From text to elements: the noun phrases, joining words, relations and places of a sentence, in order.
+"""Splits a sentence into elements, in order: noun phrases, joining words, relations and places.
 
-English, by word lists, no model.
+The scanner knows English by word lists; it uses no model.
 """
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ from .vocabulary import (
 
 @dataclass(frozen=True)
 class Noun:
-    """A noun phrase: `words` as in the text without its determiners; `start`, `end` are places in the text.
+    """A noun phrase: text[start:end] without its determiners.
 
-    `link` says how it hangs on what stands before it: "free", "verb" (holding a ball), "preposition" (in a hat),
-    "beside" (next to a tree) or "new" (directly after another phrase).
+    words: the phrase as spelt in the text.
+    link: how the phrase depends on the phrase before it: "free" (it does not), "verb" (holding a ball), "preposition"
+        (in a hat), "beside" (next to a tree) or "new" (directly after another phrase).
     """
 
     words: str
@@ -58,8 +59,11 @@ class Noun:
 
 @dataclass(frozen=True)
 class Mark:
-    """A joining word: and, or, comma, newline, clause, with, verb, is, are, relative, not, adjective, preposition, aside;
-    a pronoun: it, he, they, both, former, latter; or "unclear", what names no thing."""
+    """A word that is no noun phrase, by kind.
+
+    A joining word is one of: and, or, comma, newline, clause, with, verb, is, are, relative, not, adjective, preposition,
+    aside. A pronoun is one of: it, he, they, both, former, latter. "unclear" stands for a pronoun without a referent.
+    """
 
     kind: str
     start: int = field(default=0, compare=False)
@@ -74,10 +78,10 @@ _SEVERAL = "|".join(words.replace(" ", r"\s+") for words in SEVERAL_WORDS)
 _TOKEN = re.compile(rf"\b(?:{_SEVERAL})\b|{_WORD}(?:['\u2019\-]{_WORD})*|\n+|{HIDDEN}+|[{_PUNCTUATION}]", re.IGNORECASE)
 _IS_PUNCTUATION = re.compile(rf"[{_PUNCTUATION}\n]+")
 _QUOTES = "\"'`\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
-_FOUND = "\ue000"  # stands for the words of a relation or place
+_FOUND = "\ue000"  # replaces the words of a relation or place
 _PRONOUNS = {"this": "it", "that": "it", "her": "he", "these": "they", "those": "they"} | {
     word: "unclear" for word in NUMBERS | ORDINALS | {"each", "some", "several", "many", "few"}}
-"""Determiners that are pronouns where no noun follows: "above her"."""
+"""Determiners that act as pronouns if no noun follows: "above her"."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def is_plural(word: str) -> bool:
 
 
 def scan(text: str, start: int, end: int, found: Sequence[Found]) -> list[Element]:
-    """The elements of text[start:end], a sentence, in order; found: its relations and places."""
+    """The elements of the sentence text[start:end], in order. found: the relations and places in that sentence."""
     tokens = _tokens(text, start, end, found)
     scanner = _Scanner(text)
     for index, token in enumerate(tokens):
@@ -126,12 +130,12 @@ def _words(text: str, start: int, end: int) -> list[_Token]:
 
 
 class _Scanner:
-    """One pass over the words of a sentence; `_noun` holds the tokens of the phrase being read."""
+    """One pass over the words of a sentence. `_noun` holds the tokens of the current noun phrase."""
 
     def __init__(self, text: str):
         self.elements: list[Element] = []
         self._text = text
-        self._keep_picture = False  # "a cat above a painting of a dog": here the painting is the thing
+        self._keep_picture = False  # in "a cat above a painting of a dog" the painting is an object
         self._noun: list[_Token] = []
         self._determiners: list[_Token] = []
         self._link = "free"
@@ -143,7 +147,7 @@ class _Scanner:
         return bool(self._noun) and all(word in ADJECTIVES for word in self._words())
 
     def close(self) -> None:
-        """Ends the phrase being read; words that cannot end one are taken off."""
+        """Ends the current phrase, without trailing words that cannot end one."""
         words = self._words()
         while len(words) > 1 and (words[-1] in LATE_ADVERBS or words[-1] in DETERMINERS or words[-1] in ("of", "and")
                                   or words[-1].endswith("ly") and words[-1] not in LY_NOUNS):
@@ -192,7 +196,7 @@ class _Scanner:
             self._link = "beside"
 
     def _continues(self, word: str, following: str) -> bool:
-        """Words that would end a phrase but do not here: "cup of a man", "black and white dog"."""
+        """Whether a word that usually ends a phrase continues this one: "cup of a man", "black and white dog"."""
         words = self._words()
         if words[-1] == "of":
             return word in DETERMINERS
@@ -205,10 +209,10 @@ class _Scanner:
         return False
 
     def _joins(self, token: _Token, following: str) -> bool:
-        """Handles words that stand between phrases; False for a word that belongs to a phrase."""
+        """Handles a word between phrases. Returns False for a word that belongs to a phrase."""
         word, first = token.word, not self._noun
         if word == "of":
-            if not first:  # "a photo of": what was read is the picture, not a thing in it
+            if not first:  # "a photo of": the phrase names the picture, not an object in it
                 self._noun, self._determiners = [], []
         elif word in _QUOTES:
             self.close()
@@ -250,7 +254,7 @@ class _Scanner:
             self.mark(token, "verb", "verb")  # "sitting on a chair", "sitting under", but "flying bird"
         elif not first and (word in PARTICIPLES or word in PREDICATIVE or word.endswith("ing")):
             if word == "right" and following in ("", _FOUND):
-                return False  # "a dog right above": taken off as an adverb
+                return False  # "a dog right above": `close` drops the adverb
             self.mark(token, "verb", "verb")
         elif word in PLURAL_VERBS and not first and (is_plural(self._words()[-1]) or Mark("and") in self.elements[-2:]):
             self.mark(token, "are" if word in POSITION_VERBS else "verb", "free" if word in POSITION_VERBS else "verb")
@@ -261,7 +265,7 @@ class _Scanner:
         return True
 
     def _starts(self, token: _Token) -> None:
-        """A determiner begins a phrase; any other word goes on with one."""
+        """Begins a phrase with a determiner, or adds any other word to the current one."""
         word = token.word
         if word in DETERMINERS or word == "that" or word.isdigit() and not self._noun:
             if self._noun:
@@ -274,6 +278,6 @@ class _Scanner:
 
 
 def _ends_phrase(following: str) -> bool:
-    """True where the next word is no part of a noun phrase."""
+    """Whether the next word cannot be part of a noun phrase."""
     return not following or following == _FOUND or bool(_IS_PUNCTUATION.fullmatch(following)) or following in JOINTS \
         or following in VERBS or following in PREPOSITIONS

@@ -1,4 +1,4 @@
-"""From a prompt, or from explicit lines, to the graph of relations."""
+"""Builds the graph of relations from a prompt or from explicit lines."""
 from __future__ import annotations
 
 import re
@@ -15,24 +15,25 @@ _AN = re.compile(r"(?!uni|use|eu|one\b)[aeiou]|hour|honest", re.IGNORECASE)
 
 
 def understand(prompt: str) -> RelationGraph:
-    """The relations of a natural prompt, and what was not understood in it. Never raises; contradictions stay in.
+    """The relations of a natural prompt, and the words that were not understood.
 
-    Only above, below, left and right (with synonyms and diagonals) are read; "next to" and "behind" are not understood.
+    Only above, below, left and right are read, with their synonyms and diagonals. "next to" and "behind" are reported as not
+    understood. Never raises; contradictions are left in.
     """
     triples, not_understood = read_triples(prompt)
     return RelationGraph(tuple(Relation(*triple) for triple in triples), prompt, tuple(not_understood))
 
 
 def read_prompt(text: str) -> tuple[Relation, ...]:
-    """Relations of a natural prompt; empty where it has none. Never raises."""
+    """The relations of a natural prompt, possibly none. Never raises."""
     return understand(text).relations
 
 
 def read_lines(text: str) -> tuple[Relation, ...]:
     """Relations from lines `subject | relation | object` or `subject | relation | object | weight`.
 
-    Empty lines and lines that start with "#" are skipped. A relation that only some classifier knows is given with
-    "=" before its name: `dog | =is | red`. Raises RelationError that names the line.
+    Empty lines and lines that start with "#" are skipped. A "=" before the relation's name marks a relation that only some
+    classifier knows: `dog | =is | red`. Raises RelationError naming the line.
     """
     relations = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -49,7 +50,7 @@ def _read_line(line: str) -> Relation:
     if not 3 <= len(fields) <= 4 or not all(fields):
         raise RelationError("expected `subject | relation | object` or `subject | relation | object | weight`, for "
                             "example `dog | to the right of | teddy bear | 0.5`.")
-    subject, words, thing = (" ".join(field.split()) for field in fields[:3])
+    subject, words, object_phrase = (" ".join(field.split()) for field in fields[:3])
     try:
         predicates = (words[1:].strip(),) if words.startswith("=") else parse_predicate(words)
     except RelationError as error:
@@ -59,7 +60,7 @@ def _read_line(line: str) -> Relation:
         weight = float(fields[3]) if len(fields) == 4 else 1.0
     except ValueError:
         raise RelationError(f"the weight {fields[3]!r} is not a number. Write for example 0.5.") from None
-    return Relation(_bare_phrase(subject), predicates, _bare_phrase(thing), weight)
+    return Relation(_bare_phrase(subject), predicates, _bare_phrase(object_phrase), weight)
 
 
 def _bare_phrase(phrase: str) -> str:
@@ -73,11 +74,11 @@ def _bare(relation: Relation) -> Relation:
 
 
 def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) -> RelationGraph:
-    """The checked graph of explicit relations (`lines`, `extra`) if there are any, else of those read from the prompt.
+    """The checked graph of the explicit relations (`lines`, `extra`) or, without any, of the relations in the prompt.
 
-    With explicit relations and an empty prompt, a prompt is written from them; the occurrences in its text then
-    number phrases such as "dog#2". In a given prompt, "dog" beside "hot dog" means the first dog that is not the hot
-    one, and no quoted one. Raises RelationError for an unreadable line and for contradictions.
+    For explicit relations and an empty prompt, a prompt is written; phrases such as "dog#2" are then numbered by their
+    occurrences in that prompt. In a given prompt that also contains "hot dog", "dog" means the first dog outside of that
+    phrase and outside of quotations. Raises RelationError for an unreadable line and for contradictions.
     """
     explicit = _same_spelling((*read_lines(lines), *map(_bare, extra)))
     if explicit and not prompt.strip():
@@ -91,14 +92,14 @@ def build_graph(prompt: str, lines: str = "", extra: Sequence[Relation] = ()) ->
 
 
 def _same_spelling(relations: Sequence[Relation]) -> tuple[Relation, ...]:
-    """The relations with each phrase spelt as where it is first seen ("Dog" and "dog" are one thing)."""
+    """The relations with each phrase spelt as in its first mention ("Dog" and "dog" are one phrase)."""
     spelling: dict[tuple[str, int], str] = {}
     return tuple(replace(relation, subject=spelling.setdefault(phrase_key(relation.subject), relation.subject),
                          object=spelling.setdefault(phrase_key(relation.object), relation.object)) for relation in relations)
 
 
 def _number_in(prompt: str, relations: Sequence[Relation]) -> tuple[Relation, ...]:
-    """The relations with phrases numbered whose first occurrence in the prompt is part of another phrase."""
+    """The relations, with "#n" added to each phrase whose first occurrence in the prompt is part of a longer phrase."""
     text = plain_text(prompt)
     phrases = RelationGraph(tuple(relations)).phrases
     spans = [span for phrase in phrases for span in occurrences(split_occurrence(phrase)[0], text)]
@@ -112,7 +113,7 @@ def _number_in(prompt: str, relations: Sequence[Relation]) -> tuple[Relation, ..
 
 
 def _write_prompt(relations: Sequence[Relation]) -> RelationGraph:
-    """A prompt that says the relations, and the relations with their phrases numbered as in that prompt."""
+    """A graph whose prompt states the relations and whose phrases are numbered by their occurrences in that prompt."""
     text = "a photo of"
     names: dict[str, str] = {}
     for index, relation in enumerate(relations):
@@ -126,7 +127,7 @@ def _write_prompt(relations: Sequence[Relation]) -> RelationGraph:
 
 
 def _mention(text: str, phrase: str, names: dict[str, str], with_article: bool = True) -> str:
-    """The text with the phrase put behind it; its first mention enters `names` with its number in the text."""
+    """The text with the phrase appended. The first mention of a phrase adds its numbered name to `names`."""
     words, occurrence = split_occurrence(phrase)
     if phrase in names:
         article = "the " if occurrence == 1 else "the other "

@@ -1,4 +1,4 @@
-"""One name for each thing of a prompt."""
+"""Gives each object of a prompt one name."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from .text import first_alone, occurrences
 
 
 class Names:
-    """Gives each thing one name: its phrase, with "#n" where the phrase's first occurrence is another thing.
+    """Gives each object one name: its phrase, with "#n" if the phrase's first occurrence is another object.
 
-    text: the prompt, in which all occurrences are counted. nouns: all that will be named. quoted: (start, end) of the
-    quotations and asides, in which no thing stands.
+    text: the prompt; occurrences are counted in it.
+    nouns: all noun phrases that will be named.
+    quoted: (start, end) of each quotation and aside; these name no object.
     """
 
     def __init__(self, text: str, nouns: Sequence[Noun], quoted: Sequence[tuple[int, int]]):

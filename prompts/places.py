@@ -1,4 +1,4 @@
-"""Places in the picture: what stands where, and the relations between things on opposite sides."""
+"""Places in the picture: which nouns are at which place, and the relations between nouns on opposite sides."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from .elements import Element, Mark, Noun
 from .predicates import Order, Place, Predicate
 from .pronouns import Unclear
 from .relations import ABOVE, BELOW, LEFT, RIGHT
-from .segments import head, is_frame, nouns_of, split, things
+from .segments import head, is_frame, main_nouns, nouns_of, split
 from .vocabulary import SCENES
 
 NOT_STEERED = "absolute places are not steered yet; say where one thing stands from another"
@@ -18,18 +18,19 @@ NO_OBJECT = "it does not say above or below what"
 
 @dataclass(frozen=True)
 class Placed:
-    """Things said to be at a place; owner: what "a table with a cat underneath" speaks of."""
+    """The nouns at a place. owner: the table in "a table with a cat underneath"."""
 
     place: Place
-    things: tuple[Noun, ...]
+    nouns: tuple[Noun, ...]
     owner: Noun | None = None
 
 
-Found = tuple[Noun, tuple[str, ...], Noun]
+FoundRelation = tuple[Noun, tuple[str, ...], Noun]
+"""Subject, canonical predicates, object."""
 
 
 def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
-    """The things at each place of a sentence, in order; none where that is unclear."""
+    """The nouns at each place of a sentence, in order; no nouns where they are unclear."""
     placed: list[Placed] = []
     start = 0
     for index, element in enumerate(elements):
@@ -46,7 +47,7 @@ def find_placed(elements: Sequence[Element], context: Context) -> list[Placed]:
                 placed.append(Placed(element, *_subjects(earlier, placed, context, element.bare)))
         if isinstance(element, Place | Predicate):
             start = index + 1
-            context = Context(False, placed[-1].things if isinstance(element, Place) else (), (), ())
+            context = Context(False, placed[-1].nouns if isinstance(element, Place) else (), (), ())
     return placed
 
 
@@ -69,12 +70,12 @@ def _subjects(earlier: Sequence[Element], placed: Sequence[Placed], context: Con
         return (), None
 
 
-def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
-    """The relations between things at opposite sides, and the places that take part in none."""
+def relate(placed: Sequence[Placed]) -> tuple[list[FoundRelation], list[Placed]]:
+    """The relations between nouns on opposite sides, and the places that are part of no relation."""
     used: set[int] = set()
     above = _opposite(placed, lambda place: place.row, used)
     left = _opposite(placed, lambda place: place.column, used)
-    relations: list[Found] = []
+    relations: list[FoundRelation] = []
     for (one, other), pair in above.items():
         sides = [name for name, key in ((LEFT, (one, other)), (RIGHT, (other, one))) if left.pop(key, None)]
         relations.append((pair[0], (ABOVE, *sides[:1]), pair[1]))
@@ -82,7 +83,7 @@ def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
     rest = []
     for index, one in enumerate(placed):
         if one.owner is not None and index not in used and one.owner.last_word not in SCENES:
-            relations += [(thing, (ABOVE if one.place.row == -1 else BELOW,), one.owner) for thing in one.things]
+            relations += [(noun, (ABOVE if one.place.row == -1 else BELOW,), one.owner) for noun in one.nouns]
         elif index not in used:
             rest.append(one)
     return relations, rest
@@ -90,17 +91,18 @@ def relate(placed: Sequence[Placed]) -> tuple[list[Found], list[Placed]]:
 
 def _opposite(placed: Sequence[Placed], rank_of: Callable[[Place], int | None], used: set[int]
               ) -> dict[tuple[int, int], tuple[Noun, Noun]]:
-    """The pairs of things of which the first is nearer to the left or top, by where they stand in the text.
+    """Pairs of nouns, keyed by their starts in the text. The first of a pair is nearer to the left or the top.
 
-    Indices of the places that are needed for it enter `used`. Single words ("dog left") go with each other only.
+    rank_of: column or row of a place. Indices of the places used are added to `used`.
+    Faint places ("dog left, cat right") pair only with each other.
     """
     found = {}
     for faint in (False, True):
         ranks = {index: rank_of(one.place) for index, one in enumerate(placed)
-                 if one.things and one.place.faint == faint and rank_of(one.place) is not None}
+                 if one.nouns and one.place.faint == faint and rank_of(one.place) is not None}
         for first, second in _neighbours(ranks):
-            for one in placed[first].things:
-                for other in placed[second].things:
+            for one in placed[first].nouns:
+                for other in placed[second].nouns:
                     if one.words.lower() != other.words.lower() or "another" in other.determiners:
                         found[one.start, other.start] = one, other
                         used |= {first, second}
@@ -108,7 +110,7 @@ def _opposite(placed: Sequence[Placed], rank_of: Callable[[Place], int | None], 
 
 
 def _neighbours(rank_by_index: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Pairs of indices (lower rank, next rank), each with the nearest in the text; none where all have one rank."""
+    """Pairs of indices (lower rank, next rank), each index paired with the nearest in the text. No pairs within one rank."""
     ranks: dict[int, list[int]] = {}
     for index, rank in rank_by_index.items():
         ranks.setdefault(rank, []).append(index)
@@ -122,17 +124,17 @@ def _neighbours(rank_by_index: Mapping[int, int]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def in_order(elements: Sequence[Element]) -> list[Found]:
-    """The relations of a list behind "from left to right:"; none where relations follow instead."""
+def in_order(elements: Sequence[Element]) -> list[FoundRelation]:
+    """The relations of a list after "from left to right:"; none if the list itself contains relations."""
     for index, element in enumerate(elements):
         if isinstance(element, Order):
-            listed = things(split(elements[index + 1:]))
+            listed = main_nouns(split(elements[index + 1:]))
             if not any(isinstance(one, Predicate | Place | Order) for one in elements[index + 1:]):
                 return [(one, element.names, other) for one, other in zip(listed, listed[1:], strict=False)]
     return []
 
 
 def is_ordinary(one: Placed) -> bool:
-    """True for "the sky above" and "a valley below", which ask for nothing, and "one cookie left"."""
-    scenery = not one.things or any(thing.last_word in SCENES or is_frame(thing) for thing in one.things)
+    """Whether a place needs no remark: "the sky above", "a valley below", "one cookie left"."""
+    scenery = not one.nouns or any(noun.last_word in SCENES or is_frame(noun) for noun in one.nouns)
     return one.place.faint or one.place.bare and scenery

@@ -1,4 +1,4 @@
-"""English words for spatial relations and places: where they stand in a text, and the canonical name of each."""
+"""Finds English words for spatial relations and places in a text, and gives each its canonical name."""
 from __future__ import annotations
 
 import re
@@ -25,7 +25,7 @@ _TO_ITS = rf"(?:to|on|at){_GAP}(?:its|his|her|their){_GAP}(?:immediate{_GAP})?{_
 
 
 def _forms(of: str) -> str:
-    """All predicates as one pattern, diagonals first; `of` is what follows a final "left" or "right"."""
+    """All predicates as one pattern, diagonals first. of: pattern after a final "left" or "right"."""
     return (rf"{_UPRIGHT_IN_PAIR}(?:{_AND}|{_GAP}{_ADVERB}){_TOWARDS_SIDE}{of}"
             rf"|{_TOWARDS_SIDE}(?:{_OF})?{_AND}{_UPRIGHT}"
             rf"|{_CORNER}{of}|{_TOWARDS_SIDE}{of}|{_UPRIGHT}")
@@ -38,7 +38,7 @@ _LEADING = re.compile(rf"(?:(?:is|are|was|were|sits?|stands?|lies?|sitting|stand
 _UP_WORD = re.compile(r"above|over|atop|top|upper|higher|\bup\b", re.IGNORECASE)
 _DOWN_WORD = re.compile(r"below|under|beneath|lower|bottom|\bdown\b", re.IGNORECASE)
 
-# Where the same words are no relation between two things.
+# Contexts in which the same words are no relation between two objects.
 _OTHER_USE_BEFORE = re.compile(
     r"\b(?:a|an|the|its|his|her|their|from|all|as|see)\s*$", re.IGNORECASE)
 _IDIOMS = re.compile(
@@ -50,7 +50,7 @@ _OTHER_USE_AFTER = re.compile(
     r"|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell|each\s+other"
     r"|one\s+another|history|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
 
-# How far: "two meters above", "10 cm below", "a bit to the left of".
+# Distances: "two meters above", "10 cm below", "a bit to the left of".
 _NUMBER = (r"(?:\d{1,9}(?:[.,]\d{1,9})?|an?|one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|a\s+hundred"
            r"|half|half\s+an?|a\s+few|several|some|many|a\s+couple\s+of|a\s+little|a\s+short|a\s+long|a\s+tiny|a\s+good)")
 _UNIT = (r"(?:mm|cm|m|km|px|pixels?|inch(?:es)?|ft|yards?|(?:centi|milli|kilo)?met(?:er|re)s?|miles?|bit|little|lot|ways?"
@@ -61,7 +61,7 @@ _ABOUT = (r"\b(?:about|around|roughly|approximately|nearly|almost|only|exactly|j
 _DISTANCE = re.compile(rf"(?:{_ABOUT}\s+)*(?:\b{_NUMBER}\s*-?{_UNIT}|{_ABOUT})(?:\s+and\s+a\s+half)?"
                        rf"(?:\s+(?:away|further|farther|off|more|up|down|high))?(?:\s+and)?\s*$", re.IGNORECASE)
 _THING_BEFORE = re.compile(r"(?:^|[.;:!?\n]|\b(?:of|and|with|or|on|in|at))\s*$", re.IGNORECASE)
-_REACH = 48  # characters before a predicate in which a distance is looked for
+_REACH = 48  # number of characters before a predicate that may hold a distance
 
 _FRAMES = "|".join(sorted(FRAME | ALWAYS_FRAME))
 _OF_FRAME = rf"(?:\s+of\s+(?:the|this|an?|our|my)\s+(?:\w{{1,20}}\s+)?(?:{_FRAMES})\b)?"
@@ -92,7 +92,7 @@ _UNSTEERED = re.compile(
 
 @dataclass(frozen=True)
 class Predicate:
-    """Words for a relation at text[start:end]. to_pronoun: they name their object too, as in "to its left"."""
+    """Words for a relation at text[start:end]. names: canonical. to_pronoun: the words include the object ("to its left")."""
 
     start: int
     end: int
@@ -105,9 +105,10 @@ class Predicate:
 class Place:
     """Words for a place in the picture at text[start:end].
 
-    column: -1 left, 1 right; row: -1 top, 1 bottom; 0 for the middle, None where nothing is said.
-    bare: "above", "below" or "on top" without an object. heads: what stands there follows ("on the left: a dog").
-    faint: a single word, "dog left, cat right"; it may mean something else ("one cookie left").
+    column: -1 left, 0 middle, 1 right, None unknown; row: -1 top, 0 middle, 1 bottom, None unknown.
+    bare: "above", "below" or "on top" without an object.
+    heads: the noun at this place follows ("on the left: a dog").
+    faint: a single word, as in "dog left, cat right"; it may have another meaning ("one cookie left").
     """
 
     start: int
@@ -121,9 +122,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """Words at text[start:end] for a relation between things that is not steered, and why.
+    """Words at text[start:end] for a relation that cannot be steered, and why.
 
-    complete: they name their object, as in "to the cat's left".
+    complete: the words include the object, as in "to the cat's left".
     """
 
     start: int
@@ -134,7 +135,7 @@ class Unsteered:
 
 @dataclass(frozen=True)
 class Order:
-    """Words at text[start:end] for the order of a list: "from left to right"; names: the relation of each to the next."""
+    """Words at text[start:end] for the order of a list: "from left to right". names: relation of each item to the next."""
 
     start: int
     end: int
@@ -157,9 +158,9 @@ def _canonical(words: str) -> tuple[str, ...]:
 
 
 def parse_predicate(text: str) -> tuple[str, ...]:
-    """Canonical names of one relation in words: ("above",), or ("above", "to the left of") for a diagonal.
+    """Canonical names of a relation: ("above",), or ("above", "to the left of") for a diagonal.
 
-    Raises RelationError for words that are none of the four relations or their diagonals.
+    Raises RelationError for words that mean none of the four relations or their diagonals.
     """
     words = " ".join(text.split())
     match = _ALONE.fullmatch(_LEADING.sub("", words, count=1) if _LEADING.match(words) else words)
@@ -171,9 +172,9 @@ def parse_predicate(text: str) -> tuple[str, ...]:
 
 
 def find_predicates(text: str) -> Iterator[Predicate]:
-    """The predicates of running text in order, each with the distance before it ("two meters above").
+    """The predicates of running text, in order. A predicate includes the distance before it ("two meters above").
 
-    Left out are other uses of the same words: "seen from above", "the left of", "under construction", "over 60".
+    Other uses of the same words are left out: "seen from above", "the left of", "under construction", "over 60".
     """
     idioms = {match.end() for match in _IDIOMS.finditer(text)}
     for match in _IN_PROMPT.finditer(text):
@@ -181,16 +182,16 @@ def find_predicates(text: str) -> Iterator[Predicate]:
         other_use = match.end() in idioms or _OTHER_USE_BEFORE.search(before) or _OTHER_USE_AFTER.match(text, match.end())
         if not other_use:
             distance = _DISTANCE.search(before)
-            is_thing = distance and distance["thing"] and _THING_BEFORE.search(before[:distance.start()])
-            start = match.start() - (len(before) - distance.start() if distance and not is_thing else 0)
+            names_object = distance and distance["thing"] and _THING_BEFORE.search(before[:distance.start()])
+            start = match.start() - (len(before) - distance.start() if distance and not names_object else 0)
             words = match.group()
             yield Predicate(start, match.end(), _canonical(words), words, bool(re.fullmatch(_TO_ITS, words, re.IGNORECASE)))
 
 
 def find_places(text: str) -> Iterator[Place]:
-    """The places of running text in order: "on the left", "in the upper right corner of the image"; "above" alone.
+    """The places of running text, in order: "on the left", "in the upper right corner of the image", "above" alone.
 
-    Left out are other uses: "on the left wing", "looking to the right", "in the middle of a road".
+    Other uses are left out: "on the left wing", "looking to the right", "in the middle of a road".
     """
     for match in _PLACE.finditer(text):
         word = _GOES_ON.match(text, match.end())
@@ -213,7 +214,7 @@ def find_places(text: str) -> Iterator[Place]:
 
 
 def find_all(text: str) -> list[Found]:
-    """Predicates, places and relations that cannot be steered, in order and without overlap; the longer one counts."""
+    """Predicates, places, orders and relations that cannot be steered, in order. Of two that overlap, the longer is kept."""
     unsteered = (Unsteered(match.start(), match.end(), _REASONS[match.lastgroup], match.lastgroup == "whose")
                  for match in _UNSTEERED.finditer(text))
     found: list[Found] = []
@@ -233,5 +234,5 @@ def _longest_first(one: Found) -> tuple[int, int, int]:
 
 
 def speaks_of_places(text: str) -> bool:
-    """True where the text holds any word that `find_all` finds, also in another use ("left of center")."""
+    """Whether the text contains words for a relation or a place, in any meaning ("left of center")."""
     return bool(_IN_PROMPT.search(text) or _PLACE.search(text))

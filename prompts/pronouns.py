@@ -1,4 +1,4 @@
-"""What a pronoun stands for."""
+"""Resolves pronouns to the nouns that they refer to."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from .elements import Element, Mark, Noun
 from .segments import is_many, is_person
 from .vocabulary import POSSESSIVES
 
-_MOST = 4  # things that "them" stands for
+_MOST = 4  # nouns that "them" may refer to
 PRONOUNS = ("it", "he", "they", "both", "former", "latter")
 
 
@@ -19,8 +19,11 @@ def listed(nouns: Sequence[Noun]) -> str:
     return " or ".join(f"\"{noun.words}\"" for noun in nouns[:4])
 
 
-def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
-    """The things that a pronoun after a relation stands for, out of those that were named. Raises Unclear."""
+def referents(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun]) -> list[Noun]:
+    """The nouns that a pronoun after a relation refers to, out of `candidates`. Raises Unclear.
+
+    subjects: the relation's subjects, which the pronoun does not refer to.
+    """
     distinct = {noun.words.lower(): noun for noun in candidates
                 if noun.words.lower() not in {subject.words.lower() for subject in subjects}}
     named = list(distinct.values())
@@ -45,7 +48,7 @@ def meant_by(pronoun: str, candidates: Sequence[Noun], subjects: Sequence[Noun])
 
 
 def leading_pronoun(elements: Sequence[Element]) -> str:
-    """The pronoun that the elements begin with, "" for none: "both a cat and a dog" begins with none."""
+    """The pronoun at the beginning of the elements, or "". "both a cat and a dog" begins with no pronoun."""
     first = elements[0] if elements else None
     if not isinstance(first, Mark) or first.kind not in PRONOUNS:
         return ""
@@ -53,5 +56,5 @@ def leading_pronoun(elements: Sequence[Element]) -> str:
 
 
 def belongs_to_owner(elements: Sequence[Element]) -> bool:
-    """True for "his head": something of what was named before."""
+    """Whether the elements begin with a phrase with a possessive: "his head"."""
     return bool(elements) and isinstance(elements[0], Noun) and bool(POSSESSIVES & set(elements[0].determiners))

@@ -1,6 +1,6 @@
-"""Reads relations from a natural prompt: text -> elements -> what stands around each relation -> relations.
+"""Reads relations from a natural prompt: text -> elements -> subjects and objects of each relation -> relations.
 
-What cannot be read without a guess is told with the reason.
+Words that cannot be read without guessing are reported with the reason.
 """
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .clauses import (
 from .elements import Element, Mark, Noun, scan
 from .naming import Names
 from .places import NO_OBJECT as NO_REFERENCE
-from .places import NOT_STEERED, Found, Placed, find_placed, in_order, is_ordinary, relate
+from .places import NOT_STEERED, FoundRelation, Placed, find_placed, in_order, is_ordinary, relate
 from .predicates import Order, Place, Predicate, Unsteered, find_all, speaks_of_places
-from .pronouns import PRONOUNS, Unclear, belongs_to_owner, leading_pronoun, meant_by
+from .pronouns import PRONOUNS, Unclear, belongs_to_owner, leading_pronoun, referents
 from .relations import NotUnderstood
-from .segments import head, is_frame, nouns_of, split, things
+from .segments import head, is_frame, main_nouns, nouns_of, split
 from .text import hide, plain_text, sentences, set_apart, without_embeddings
 from .vocabulary import AMBIENT, BODY
 
@@ -34,23 +34,23 @@ Triple = tuple[str, tuple[str, ...], str]
 _UNDER = re.compile(r"under|beneath|below", re.IGNORECASE)
 _COVERS = re.compile(r"over|under", re.IGNORECASE)
 _IDLE = frozenset("scenes camera viewer wheel bars".split())  # "behind the scenes"
-_LONGEST = 100  # characters of a fragment that is shown
+_LONGEST = 100  # characters of a quoted fragment
 
 
 @dataclass
 class _Reader:
-    """What was said so far, and what was found."""
+    """The state of reading a prompt sentence by sentence, and the relations found so far."""
 
     prompt: str
-    found: list[Found] = field(default_factory=list)
+    found: list[FoundRelation] = field(default_factory=list)
     placed: list[Placed] = field(default_factory=list)
     not_understood: list[tuple[int, NotUnderstood]] = field(default_factory=list)
     subjects: list[Noun] = field(default_factory=list)
     objects: list[Noun] = field(default_factory=list)
     awaiting: list[Noun] = field(default_factory=list)  # subjects without a verb yet
-    said: list[Noun] = field(default_factory=list)  # the things of the sentence so far
-    before: list[Noun] = field(default_factory=list)  # those of the sentence before
-    meant: list[Noun] = field(default_factory=list)  # what the last "it" of the sentence stood for
+    said: list[Noun] = field(default_factory=list)  # main nouns of the sentence so far
+    before: list[Noun] = field(default_factory=list)  # main nouns of the previous sentence
+    meant: list[Noun] = field(default_factory=list)  # referents of the last "it" in the sentence
 
     def read_sentence(self, elements: Sequence[Element]) -> None:
         self.placed += find_placed(elements, Context(True, self.subjects, (), self.before))
@@ -59,7 +59,7 @@ class _Reader:
         cuts = [index for index, element in enumerate(elements) if isinstance(element, Predicate)]
         parts = [list(elements[start + 1:end]) for start, end in zip([-1, *cuts], [*cuts, len(elements)], strict=True)]
         self.objects, self.awaiting, self.said, self.meant, before = [], [], [], [], parts[0]
-        waiting: list[Predicate] = []  # "above and below a cat": relations that share subject and object
+        waiting: list[Predicate] = []  # "above and below a cat": predicates that share subject and object
         opening = True
         for number, cut in enumerate(cuts, 1):
             is_last = number == len(cuts)
@@ -68,19 +68,19 @@ class _Reader:
                 continue
             before = self._read(waiting, before, parts[number], opening, is_last)
             waiting, opening = [], False
-        if opening and (named := things(split(before))):
+        if opening and (named := main_nouns(split(before))):
             self.subjects = named
-        self.said += things(split(before))
+        self.said += main_nouns(split(before))
         self.before = self.said or self.before
 
     def _read(self, predicates: list[Predicate], before: list[Element], after: list[Element], opening: bool,
               is_last: bool) -> list[Element]:
-        """Records one group of relations; returns what stands before the next one."""
-        self.said += things(split(before))
+        """Records a group of predicates that share subjects and objects. Returns the elements before the next group."""
+        self.said += main_nouns(split(before))
         try:
             subjects, objects, rest = self._sides(predicates[-1], before, after, opening, is_last)
         except Unclear as unclear:
-            named = [noun for noun in [head(split(before)[-1]), *things(split(before))[-1:]] if noun is not None]
+            named = [noun for noun in [head(split(before)[-1]), *main_nouns(split(before))[-1:]] if noun is not None]
             self.subjects = named[:1] if str(unclear) == NEGATED else []
             self.objects = [noun for noun in after[:1] if isinstance(noun, Noun)]
             self._note(predicates, before, after, str(unclear))
@@ -92,13 +92,13 @@ class _Reader:
             self.awaiting = subjects
         self.subjects, self.objects = subjects, objects
         different = {predicate.names: predicate for predicate in predicates}.values()
-        self.found += [(subject, predicate.names, thing) for predicate in different for subject in subjects
-                       for thing in objects if not _is_setting(predicate, thing)]
+        self.found += [(subject, predicate.names, noun) for predicate in different for subject in subjects
+                       for noun in objects if not _is_setting(predicate, noun)]
         return rest
 
     def _sides(self, predicate: Predicate, before: list[Element], after: list[Element], opening: bool, is_last: bool
                ) -> tuple[list[Noun], list[Noun], list[Element]]:
-        """Subjects and objects of a relation, and what stands before the next one. Raises Unclear."""
+        """Subjects and objects of a relation, and the elements before the next one. Raises Unclear."""
         clause = split(before)[-1]
         if predicate.to_pronoun:
             after = [Mark("they" if "their" in predicate.words.lower() else "it"), *after]
@@ -114,14 +114,15 @@ class _Reader:
         if not pronoun:
             several = bool(clause.kinds & {"is", "are"})
             return subjects, after[:1] if inverted is not None else find_objects(after, several, is_last), rest
-        owner = things(split(before)[-2:-1]) if inverted is None and clause.joint == "with" and pronoun in ("it", "he") else []
+        may_be_owner = inverted is None and clause.joint == "with" and pronoun in ("it", "he")
+        owner = main_nouns(split(before)[-2:-1]) if may_be_owner else []
         if pronoun == "it" and not owner:  # "a table with a cat below it and a lamp above it"
             owner = [noun for noun in self.meant if noun not in subjects]
-        self.meant = owner or meant_by(pronoun, self._named(subjects), subjects)
+        self.meant = owner or referents(pronoun, self._named(subjects), subjects)
         return subjects, self.meant, rest
 
     def _named(self, subjects: Sequence[Noun]) -> list[Noun]:
-        """What a pronoun may stand for: things of this sentence, or else of the one before."""
+        """Candidates for a pronoun: nouns of this sentence or, without any, of the previous one."""
         known = {subject.words.lower() for subject in subjects}
         here = [*self.said, *self.objects]
         return here if any(noun.words.lower() not in known for noun in here) else self.before
@@ -143,7 +144,7 @@ class _Reader:
         self.not_understood.append((start, NotUnderstood(words, reason)))
 
     def note_unsteered(self, one: Unsteered, elements: Sequence[Element]) -> None:
-        """Tells of "next to a tree" where a thing follows."""
+        """Reports a relation that cannot be steered, such as "next to a tree", if it names an object."""
         if one.complete:
             self.note(one.start, one.end, one.reason)
             return
@@ -157,7 +158,7 @@ class _Reader:
         self.found += relations
         for one in rest:
             if not is_ordinary(one):
-                near = [thing.start for thing in one.things if 0 <= one.place.start - thing.start <= _LONGEST]
+                near = [noun.start for noun in one.nouns if 0 <= one.place.start - noun.start <= _LONGEST]
                 self.note(min(near, default=one.place.start), one.place.end, NO_REFERENCE if one.place.bare else NOT_STEERED)
 
 
@@ -169,19 +170,19 @@ def _only_determiners(text: str) -> bool:
     return len(text.split()) <= 2 and not re.search(r"[,.;:!?]", text)
 
 
-def _is_setting(predicate: Predicate, thing: Noun) -> bool:
-    """True for what is no object in the picture: "the left of the image", "under the sea", "beneath a starry sky"."""
-    if is_frame(thing):
+def _is_setting(predicate: Predicate, noun: Noun) -> bool:
+    """Whether the noun names no object in the picture: "the left of the image", "under the sea", "beneath a starry sky"."""
+    if is_frame(noun):
         return True
-    if thing.last_word in BODY and (_COVERS.fullmatch(predicate.words) or "side" in predicate.words.lower()):
+    if noun.last_word in BODY and (_COVERS.fullmatch(predicate.words) or "side" in predicate.words.lower()):
         return True  # "hair over one eye", "a scar on the left side of his face"
-    definite = not {"a", "an"} & set(thing.determiners)
-    return bool(_UNDER.fullmatch(predicate.words)) and thing.last_word in AMBIENT and (
-        definite or thing.last_word in ("sky", "skies"))
+    definite = not {"a", "an"} & set(noun.determiners)
+    return bool(_UNDER.fullmatch(predicate.words)) and noun.last_word in AMBIENT and (
+        definite or noun.last_word in ("sky", "skies"))
 
 
 def read_triples(prompt: str) -> tuple[list[Triple], list[NotUnderstood]]:
-    """(subject, canonical predicates, object) of each relation in order, and what was not understood."""
+    """(subject, canonical predicates, object) of each relation, in order, and the words that were not understood."""
     plain, apart = plain_text(prompt), set_apart(prompt, speaks_of_places)
     text = hide(plain, apart)
     found = find_all(without_embeddings(text))
@@ -194,7 +195,7 @@ def read_triples(prompt: str) -> tuple[list[Triple], list[NotUnderstood]]:
             if isinstance(one, Unsteered):
                 reader.note_unsteered(one, elements)
     reader.relate_places()
-    names = Names(plain, [noun for subject, _, thing in reader.found for noun in (subject, thing)], apart)
-    triples = [(names.name(subject), predicate, names.name(thing)) for subject, predicate, thing in reader.found]
+    names = Names(plain, [noun for subject, _, target in reader.found for noun in (subject, target)], apart)
+    triples = [(names.name(subject), predicate, names.name(target)) for subject, predicate, target in reader.found]
     notes = [note for _, note in sorted(reader.not_understood, key=lambda note: note[0])]
     return list(dict.fromkeys(triples)), list(dict.fromkeys(notes))

@@ -21,11 +21,11 @@ class RelationError(ValueError):
 
 @dataclass(frozen=True)
 class Relation:
-    """`subject` stands in `predicates` to `object`, e.g. dog, ("above", "to the left of"), teddy bear.
+    """A relation between two objects, e.g. dog, ("above", "to the left of"), teddy bear.
 
-    subject, object: phrases as they stand in the prompt, without article; "dog#2" is the second occurrence of "dog".
-    predicates: one name of a classifier's relation, or two for a diagonal, the vertical one first.
-    weight: how much the relation counts, >= 0; 0 switches it off.
+    subject, object: phrases as in the prompt, without article; "dog#2" is the second occurrence of "dog".
+    predicates: the name of one relation of a classifier, or two names for a diagonal, the vertical one first.
+    weight: weight of the relation in the loss, >= 0; 0 switches it off.
     Raises RelationError for an empty phrase, unusable predicates or a weight that is negative or not finite.
     """
 
@@ -50,7 +50,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class NotUnderstood:
-    """Words of the prompt that speak of a place or a relation but are not steered, and why."""
+    """Words of the prompt for a place or a relation that is not steered, and why."""
 
     words: str
     reason: str
@@ -61,7 +61,7 @@ class NotUnderstood:
 
 @dataclass(frozen=True)
 class RelationGraph:
-    """The relations that a picture should show, the prompt whose words they speak of, and what was not understood in it."""
+    """The relations that a picture should show, the prompt with their phrases, and the words that were not understood."""
 
     relations: tuple[Relation, ...] = ()
     prompt: str = ""
@@ -69,16 +69,16 @@ class RelationGraph:
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """Every distinct subject and object, in the order in which they are first seen."""
+        """Every distinct subject and object, in order of first mention."""
         return tuple(dict.fromkeys(phrase for relation in self.relations
                                    for phrase in (relation.subject, relation.object)))
 
     def counted(self) -> RelationGraph:
-        """Without the relations that weight 0 switches off."""
+        """The graph without relations of weight 0."""
         return replace(self, relations=tuple(relation for relation in self.relations if relation.weight > 0))
 
     def check(self) -> None:
-        """Raises RelationError where relations contradict each other; names the whole cycle in order."""
+        """Raises RelationError where relations contradict each other, naming the whole cycle in order."""
         for axis, names in _AXES.items():
             cycle = _find_cycle(self.relations, names)
             if len(cycle) == 1:
@@ -91,7 +91,7 @@ class RelationGraph:
                                     "Remove or reverse one of them, or give it the weight 0.")
 
     def describe(self) -> str:
-        """What was understood, for the node: the relations one a line, what was not understood, then the prompt."""
+        """The graph as text for the node: one relation per line, the words that were not understood, then the prompt."""
         if not self.relations:
             lines = ["No relation found."]
         else:
@@ -105,21 +105,21 @@ class RelationGraph:
 
 
 def split_occurrence(phrase: str) -> tuple[str, int]:
-    """"dog#2" -> ("dog", 2); a phrase without a number is its first occurrence."""
+    """"dog#2" -> ("dog", 2). A phrase without a number means its first occurrence."""
     match = re.fullmatch(r"(.*\S)\s*#\s*([1-9]\d{0,3})", phrase.strip(), re.DOTALL)
     return (match.group(1), int(match.group(2))) if match else (phrase.strip(), 1)
 
 
 def phrase_key(phrase: str) -> tuple[str, int]:
-    """What makes two phrases the same thing: their words whatever the case, and the number of the occurrence."""
+    """The identity of a phrase: its words, regardless of case and spacing, and the number of the occurrence."""
     words, number = split_occurrence(phrase)
     return " ".join(words.casefold().split()), number
 
 
 def _find_cycle(relations: Sequence[Relation], names: tuple[str, str]) -> list[Relation]:
-    """Relations of the first cycle along one axis, in order, or none.
+    """The relations of the first cycle along one axis, in order, or none.
 
-    names: the axis' relations; the subject comes first with names[0], the object with names[1].
+    names: the two relations of the axis. With names[0] the subject comes first, with names[1] the object.
     """
     edges: dict[tuple[str, int], list[tuple[tuple[str, int], Relation]]] = {}
     for relation in relations:

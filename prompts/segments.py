@@ -1,4 +1,4 @@
-"""The pieces of a sentence between its joints, and what each is about."""
+"""Splits a sentence at its joining words, and finds the main noun of each segment."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from .elements import Element, Mark, Noun, is_plural
 from .vocabulary import ALWAYS_FRAME, ANIMALS, ATTRIBUTES, FRAME, NUMBERS, PEOPLE, PICTURES, QUALITY, SCENES
 
 BOUNDARIES = ("and", "or", "comma", "newline", "clause", "with")
-_INSERTS = ("verb", "relative", "preposition", "not", "both")  # what begins ", wearing a hat," and ", which is red,"
+_INSERTS = ("verb", "relative", "preposition", "not", "both")  # begin an insertion: ", wearing a hat,", ", which is red,"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a sentence without a joint in it; `joint` is the mark before it, "" for the first."""
+    """A part of a sentence between two joining words. joint: kind of the mark before it, "" for the first."""
 
     joint: str
     elements: tuple[Element, ...]
@@ -34,7 +34,7 @@ def kinds_of(elements: Sequence[Element]) -> set[str]:
 
 
 def split(elements: Sequence[Element]) -> list[Segment]:
-    """The segments between joints. "with a hat" joins nothing: it tells more of a thing."""
+    """The segments between joining words. "with a hat" does not split: it describes the noun before it."""
     segments, joint, start = [], "", 0
     for index, element in enumerate(elements):
         if isinstance(element, Mark) and element.kind in BOUNDARIES and not _describes(elements[index:index + 2]):
@@ -48,7 +48,7 @@ def _describes(pair: Sequence[Element]) -> bool:
 
 
 def is_frame(noun: Noun) -> bool:
-    """True for the picture itself: "the image", "a white background"."""
+    """Whether the noun means the picture itself: "the image", "a white background"."""
     return noun.last_word in ALWAYS_FRAME or noun.last_word in FRAME and not {"a", "an", "another"} & set(noun.determiners)
 
 
@@ -65,16 +65,16 @@ def is_alive(noun: Noun) -> bool:
     return is_person(noun) or noun.last_word in ANIMALS
 
 
-def is_thing(noun: Noun) -> bool:
-    """True for what a relation may be said of though other words stand between."""
+def names_object(noun: Noun) -> bool:
+    """Whether the noun names an object in the picture, not the picture itself, an attribute or a quality tag."""
     last = noun.last_word
     return not (is_frame(noun) or last in ATTRIBUTES or last in QUALITY or last in PICTURES and not noun.determiners)
 
 
 def head(segment: Segment) -> Noun | None:
-    """What a relation right behind the segment is said of: "a garden a dog", "a dog next to a tree" speak of the last.
+    """The subject of a relation directly after the segment. In "a garden a dog" and "a dog next to a tree" it is the last noun.
 
-    None where all phrases hang on something before them ("sitting on a chair").
+    None where every phrase depends on something before it ("sitting on a chair").
     """
     nouns = nouns_of(segment.elements)
     independent = [noun for noun in nouns if noun.link in ("beside", "new")]
@@ -82,15 +82,15 @@ def head(segment: Segment) -> Noun | None:
     return (independent[-1:] or free[:1] or [None])[0]
 
 
-def things(segments: Sequence[Segment]) -> list[Noun]:
-    """The things that the segments are about, without what these wear, hold or stand in."""
+def main_nouns(segments: Sequence[Segment]) -> list[Noun]:
+    """The nouns that the segments are about, without the nouns that these wear, hold or stand in."""
     found: list[Noun] = []
     for index, segment in enumerate(segments):
         first = segment.elements[0] if segment.elements else None
         after_comma = index > 0 and segments[index - 1].joint == "comma" and not segments[index - 1].elements
         insert = isinstance(first, Mark) and first.kind in _INSERTS or segment.joint == "with"
         noun = next((noun for noun in nouns_of(segment.elements) if noun.link in ("free", "new")), None)
-        if noun is None or not is_thing(noun):
+        if noun is None or not names_object(noun):
             continue
         if segment.joint == "with" and found and found[-1].last_word in SCENES:
             found[-1] = noun  # "a garden with a dog"

@@ -1,4 +1,4 @@
-"""The prompt as text: what counts as its words, where phrases stand in it, and what is only quoted."""
+"""The prompt as plain text: its words without weights and quotations, and the positions of phrases."""
 from __future__ import annotations
 
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .vocabulary import COMMANDS, DETERMINERS, JOINTS, PREPOSITIONS
 
-HIDDEN = "\0"  # stands for each character that is not read
+HIDDEN = "\0"  # replaces each character that is not read
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+")
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 _WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
@@ -20,20 +20,20 @@ _SAID = re.compile(r"\b(?:say|says|saying|said|read|reads|reading|text|words?|ti
                    r"|logo|title|print(?:ed)?|writes)\s*[:,]?\s*$", re.IGNORECASE)
 _LAST_WORD = re.compile(r"([^\W_][\w'\u2019\-]*)\s*$")
 _SENTENCE_END = re.compile(r"(?<=[.!?;\u3002\uff01\uff1f])(?=\s|$)")
-_REACH = 40  # characters before a quotation that are looked at
+_REACH = 40  # characters searched before a quotation
 _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
-"""Words after which a quotation is part of the sentence: `photo of "a dog"`."""
+"""A quotation after one of these words is part of the sentence: `photo of "a dog"`."""
 
 
 def plain_text(prompt: str) -> str:
-    """The prompt with attention weights such as "(dog:1.3)" blanked out; same length, so that places stay valid."""
+    """The prompt with attention weights such as "(dog:1.3)" blanked out. The length and all positions stay the same."""
     text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
     text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
     return re.sub(r"[()\[\]{}]", " ", text)
 
 
 def plain_phrase(phrase: str) -> str:
-    r"""A phrase without weights and brackets. Escaped brackets stay where they are part of it: "miku \(vocaloid\)"."""
+    r"""A phrase without weights and brackets. Escaped brackets inside it stay: "miku \(vocaloid\)"."""
     escaped = _ESCAPED.findall(phrase)
     words = " ".join(plain_text(_ESCAPED.sub(HIDDEN, phrase)).split())
     if len(escaped) == 2 and words.startswith(HIDDEN) and words.endswith(HIDDEN):
@@ -44,9 +44,9 @@ def plain_phrase(phrase: str) -> str:
 
 
 def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tuple[int, int]]:
-    r"""(start, end) of what is no part of the sentence: "dog \(animal\)", `a sign saying "left"`.
+    r"""(start, end) of each aside and quotation: "dog \(animal\)", `a sign saying "left"`.
 
-    speaks_of_places: tells whether words hold a relation or a place. An aside that does is read.
+    speaks_of_places: whether a text contains words for a relation or a place. An aside with such words is read.
     """
     text = plain_text(prompt)
     hidden = [match.span() for match in _ASIDE.finditer(prompt)
@@ -60,13 +60,13 @@ def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tupl
 
 
 def _follows_name(text: str, start: int) -> bool:
-    """True where a word that may be a name stands before: a neon sign "left of center", but not: photo of "a dog"."""
+    """Whether a possible name precedes `start`: true for a neon sign "left of center", false for photo of "a dog"."""
     word = _LAST_WORD.search(text[max(0, start - _REACH):start])
     return word is not None and word.group(1).lower() not in _OPEN
 
 
 def hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """The text with the spans hidden; same length."""
+    """The text with the spans replaced by HIDDEN. The length stays the same."""
     pieces, done = [], 0
     for start, end in sorted(spans):
         pieces += [text[done:start], HIDDEN * (end - max(start, done))]
@@ -75,7 +75,7 @@ def hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def without_embeddings(text: str) -> str:
-    """The text with one made-up word for each embedding's name; same length. Its words are no words of the prompt."""
+    """The text with each embedding's name replaced by one placeholder word of the same length."""
     if ":" not in text:
         return text
     return _EMBEDDING.sub(lambda name: re.sub(r"[^,.;:!?\"']", "_", name.group()), text)
@@ -102,15 +102,15 @@ def sentences(text: str) -> Iterator[tuple[int, int]]:
 
 
 def embedding_at(text: str, start: int) -> int:
-    """End of the embedding's name that starts here ("embedding:xyz"); -1 where none does."""
+    """End of the embedding's name ("embedding:xyz") that starts at `start`; -1 if none does."""
     match = _EMBEDDING.match(text, start)
     return start + len(match.group().rstrip(",.;:!?\"'")) if match else -1
 
 
 def occurrences(words: str, text: str) -> list[tuple[int, int]]:
-    """(start, end) of each place where `words` stand in the text as whole words, whatever the case.
+    """(start, end) of each occurrence of `words` in the text, as whole words and regardless of case.
 
-    The name of an embedding is no word of the prompt: "dog" does not stand in "embedding:dog".
+    Names of embeddings do not match: "dog" does not occur in "embedding:dog".
     """
     if "embedding:" not in words:
         text = without_embeddings(text)
@@ -119,7 +119,7 @@ def occurrences(words: str, text: str) -> list[tuple[int, int]]:
 
 
 def first_alone(words: str, text: str, longer: Iterable[tuple[int, int]]) -> int:
-    """Number (from 1) of the first occurrence that is not inside a longer phrase ("dog" in "hot dog"); 0 for none.
+    """Number, from 1, of the first occurrence of `words` outside of longer phrases ("dog" in "hot dog"); 0 for none.
 
     longer: (start, end) of the phrases in the text.
     """

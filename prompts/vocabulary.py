@@ -1,4 +1,4 @@
-"""Word lists of the reader: which English words join phrases, which begin one, and what kinds of things nouns name."""
+"""Word lists of the reader: words that join phrases, words that begin one, and nouns by kind."""
 from __future__ import annotations
 
 
@@ -13,7 +13,7 @@ DETERMINERS = ORDINALS | NUMBERS | _set(
     "a an the some this these those his her its their my your our each every several many few")
 POSSESSIVES = _set("his her its their")
 
-# --- words that join phrases, by the kind of mark that they make
+# --- words that join phrases, by the kind of their Mark
 CLAUSE_WORDS = _set("while where whereas when but then break showing shows show depicting depicts featuring features "
                     "containing contains including")
 JOINTS = {word: kind for kind, words in {
@@ -53,7 +53,7 @@ PLURAL_VERBS = _set("stand fly rest float hang sit lie sleep hover look hold wea
 POSITION_VERBS = _set("stand fly rest float hang sit lie sleep hover")
 COMMANDS = _set("draw paint generate create make put place show imagine see render add let i we you here please")
 
-# --- adjectives and other words that are no noun of their own
+# --- adjectives and other words that do not end a noun phrase
 ADJECTIVES = _set(
     "big small large little tiny huge giant tall short long old young new red green blue yellow purple pink brown "
     "black white grey gray golden silver cute fluffy happy sad beautiful pretty shiny wooden plastic metal striped "
@@ -67,7 +67,7 @@ ING_NOUNS = _set("ring king string wing building painting swing ceiling earring 
 ING_ATTRIBUTES = _set("dining parking washing sewing rocking cutting baking frying shopping boxing "
                       "vending ironing")
 
-# --- kinds of things
+# --- nouns by kind
 PICTURES = _set(
     "photo photos photograph picture pictures image images painting drawing render rendering sketch illustration shot "
     "view close-up closeup portrait watercolor watercolour cartoon depiction scene screenshot snapshot artwork art "
@@ -87,12 +87,12 @@ ATTRIBUTES = BODY | _set(
     "shirt dress jacket coat shoes boots backpack smile stripes spots skirt pants jeans shorts hoodie sweater uniform "
     "kimono armor armour cape cloak gloves socks thighhighs stockings ponytail twintails braid bangs earrings necklace "
     "tattoo scar freckles makeup expression clothes outfit")
-"""What is worn or belongs to a body: it tells more of the thing that has it."""
+"""Clothes, accessories and body parts: they describe the noun that has them."""
 QUALITY = _set(
     "masterpiece quality detailed detail details realistic photorealistic hyperrealistic resolution res hd uhd 4k 8k hdr "
     "solo focus bokeh style artstation cinematic lighting sharp nsfw sfw highres absurdres monochrome sketch render "
     "octane unreal engine artist trending background outdoors indoors")
-"""Last words of tags that name no thing in the picture."""
+"""Last words of tags that name no object in the picture."""
 PEOPLE = _set("girl girls boy boys woman women man men person people child children kid kids lady guy baby toddler knight "
               "wizard witch king queen prince princess astronaut soldier drummer guitarist dancer teacher nurse doctor "
               "farmer chef clown pirate samurai ninja boyfriend girlfriend couple monk warrior elf girlie policeman")

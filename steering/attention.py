@@ -1,6 +1,6 @@
-"""Recording cross-attention: from q and k to the maps of the words asked for.
+"""Recording cross-attention: from queries and keys to one map per word.
 
-Nothing here knows a host or an architecture; `backbones/` brings q, k, the grid and the shape of the call.
+This module knows no host and no architecture. `host/backbones/` passes in q, k, the grid and the shape of the call.
 """
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROWS_TIMES_TOKENS = 2**24  # logits held at once, in elements over batch and hea
 class WordMaps(torch.autograd.Function):
     """softmax(scale * q k^T) over the tokens, averaged over each word's tokens.
 
-    Only the words' columns leave this function, and only q and k are saved for backward, which computes the logits again,
-    some image rows at a time. The full image x text map of a layer never exists at once.
+    The function returns only the words' columns and saves only q and k for backward. Backward recomputes the logits a few
+    image rows at a time. The full image x text map of a layer is never held in memory.
     """
 
     @staticmethod
@@ -45,6 +45,7 @@ class WordMaps(torch.autograd.Function):
 
 
 def _pieces(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """q split along its rows, so that the logits of one piece hold at most ROWS_TIMES_TOKENS elements."""
     per_row = q.shape[0] * q.shape[1] * k.shape[2]
     return q.split(max(1, ROWS_TIMES_TOKENS // per_row), dim=2)
 
@@ -55,10 +56,11 @@ def _probabilities(rows: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def word_maps(q: Tensor, k: Tensor, weights: Tensor, scale: float | None = None) -> Tensor:
-    """Attention of every image row to each word.
+    """Probability with which every image row attends to each word: [B, heads, words, rows], in at least fp32.
 
-    q: [B, heads, rows, d]; k: [B, heads, tokens, d]; weights: [words, tokens], a word's row sums to 1 over its
-    tokens; scale: 1/sqrt(d) unless given. Returns [B, heads, words, rows] in at least fp32: probabilities.
+    q: [B, heads, rows, d]; k: [B, heads, tokens, d].
+    weights: [words, tokens]; the row of a word sums to 1 over that word's tokens.
+    scale: factor on q k^T, 1/sqrt(d) unless given.
     """
     weights = weights.to(device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     return WordMaps.apply(q, k, weights, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -66,7 +68,7 @@ def word_maps(q: Tensor, k: Tensor, weights: Tensor, scale: float | None = None)
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """Maps of one attention layer. maps: [B, heads, words, h, w], probabilities; order: place in execution."""
+    """Maps of one attention layer. maps: [B, heads, words, h, w], probabilities; order: index in order of execution."""
 
     name: str
     order: int
@@ -75,10 +77,10 @@ class LayerMaps:
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What one forward pass shows of the words `phrases`.
+    """Cross-attention maps of the words `phrases`, from one forward pass.
 
-    layers: resolution ascending, within a resolution in execution order (docs/method.md, "Maps").
-    conditioning: the host's uuid of the one that they are of.
+    layers: sorted by resolution, smallest first, then by order of execution (docs/method.md, "Maps").
+    conditioning: the host's uuid of the conditioning that the maps belong to.
     """
 
     phrases: tuple[str, ...]
@@ -91,9 +93,10 @@ class AttentionMaps:
         return AttentionMaps(phrases, tuple(ordered), conditioning)
 
     def placed(self, area: Sequence[int], size: Sequence[int]) -> AttentionMaps:
-        """Maps of a part of the picture in the whole of it, zero around that part.
+        """The maps of an area, padded with zeros to the whole picture.
 
-        area: height, width, top and left of the part, size: height and width of the whole, both in latent cells.
+        area: height, width, top and left of the area, in latent cells.
+        size: height and width of the picture, in latent cells.
         """
         (h, w, top, left), (height, width) = area, size
         layers = []
@@ -113,8 +116,8 @@ class AttentionMaps:
     def stack(self, size: int | tuple[int, int], normalise: str = "resized") -> Tensor:
         """All maps at one resolution: [B, words, channels, size, size].
 
-        normalise: "resized" divides each map by its sum when any layer had to be resized (the published
-        classifiers' rule; raw probabilities otherwise), "always" always, "never" never.
+        normalise: "always" divides each map by its sum; "never" leaves raw probabilities; "resized" divides only when
+            some layer had to be resized, which is the published classifiers' rule.
         """
         size = (size, size) if isinstance(size, int) else size
         resized = any(tuple(layer.maps.shape[-2:]) != size for layer in self.layers)
@@ -133,9 +136,9 @@ class AttentionMaps:
 
 @dataclass(frozen=True)
 class WordColumns:
-    """Where words stand among the text tokens that the model attends to.
+    """The columns of each word among the text tokens that the model attends to.
 
-    phrases: W words; weights: [W, tokens], rows sum to 1; tokens is the length of the conditioning itself.
+    phrases: W words; weights: [W, tokens], each row sums to 1. `tokens` is the length of the conditioning itself.
     """
 
     phrases: tuple[str, ...]
@@ -149,9 +152,10 @@ class WordColumns:
         return WordColumns(tuple(positions), weights)
 
     def tiled(self, tokens: int) -> Tensor:
-        """Weights for a batch in which the host repeated the conditioning to reach `tokens` tokens.
+        """Weights [W, tokens] for a batch in which the host repeated the conditioning to reach `tokens` tokens.
 
-        Equal keys share the probability equally, so the sum over the copies is the map without repetition.
+        Equal keys get equal probability, so the sum over the copies equals the map without repetition.
+        Raises ValueError where `tokens` is no multiple of the conditioning's length.
         """
         own = self.weights.shape[1]
         if tokens % own:
@@ -162,22 +166,24 @@ class WordColumns:
 
 
 class UnreadableAttention(ValueError):
-    """A pass whose maps cannot be told apart; the message says why."""
+    """The rows of a recorded pass cannot be matched to a conditioning; the message says why."""
 
 
 @dataclass
 class MapRecorder:
-    """Collects maps during one forward pass, for the conditionings that it knows.
+    """Collects the maps of one forward pass.
 
-    columns: one WordColumns per conditioning, by the host's uuid of that conditioning; all have the same phrases.
-    Of several of them that the model evaluates, only the first is recorded until `take`, and of it the first pass.
-    forward: only passes whose transformer_options carry this under FORWARD_KEY are recorded, so that a capture does
-    not record the extra passes of steering, nor the other way round.
-    evaluated: pictures, height and width, in latent cells, of what the network was given for the recorded conditioning.
-    obstacle: in words, why a block that ran could not be recorded; None where nothing was in the way.
+    columns: one WordColumns per conditioning, keyed by the host's uuid of that conditioning; all hold the same phrases.
+    forward: a pass is recorded only if its transformer_options carry this object under FORWARD_KEY. This keeps capture from
+        recording the extra passes of steering, and steering from recording the sampler's.
+    evaluated: pictures, height and width (in latent cells) of the network's input for the recorded conditioning.
+    obstacle: why a block that ran could not be recorded, in words; None if every block could be.
 
-    Maps of a steering pass hold that pass's graph, and through it its activations. So whoever starts a pass calls `take` or
-    `clear` when it ends, however it ends.
+    Between two calls of `take`, one conditioning is recorded: the first in `columns` that the model evaluates. A block that
+    runs more than once is recorded the first time only.
+
+    The maps of a steering pass hold its autograd graph and, through the graph, its activations. The caller must end every
+    pass with `take` or `clear`, also after an exception.
     """
 
     columns: Mapping[object, WordColumns]
@@ -190,10 +196,12 @@ class MapRecorder:
 
     def record(self, name: str, order: int, q: Tensor, k: Tensor, grid: tuple[int, int], shape: Sequence[int],
                options: Mapping) -> None:
-        """q: [N, heads, h*w, d], k: [N, heads, tokens, d] of the host's whole batch; shape: [N, C, H, W] of the latents that
-        the network was called with; options: transformer_options.
+        """Records the maps of one attention layer.
 
-        Raises UnreadableAttention where q has other rows than the call.
+        q: [N, heads, h*w, d] and k: [N, heads, tokens, d], of the host's whole batch; grid: (h, w).
+        shape: [N, C, H, W], shape of the latents that the network was called with.
+        options: the host's transformer_options.
+        Raises UnreadableAttention where q or k does not have the N rows of the call.
         """
         if not self.active or options.get(FORWARD_KEY) is not self.forward:
             return
@@ -201,7 +209,7 @@ class MapRecorder:
         if self.conditioning is None:
             self.conditioning = next((uuid for uuid in self.columns if uuid in uuids), None)
         if self.conditioning not in uuids or any(layer.name == name for layer in self.layers):
-            return  # another conditioning, or another pass at the same point (perturbed-attention guidance)
+            return  # another conditioning, or a repeated block (perturbed-attention guidance)
         if not q.shape[0] == k.shape[0] == shape[0] or shape[0] % len(uuids):
             raise UnreadableAttention(f"the cross-attention in block {name} works on {q.shape[0]} rows (keys: {k.shape[0]}), the "
                                       f"model was called with {shape[0]} for {len(uuids)} conditionings, so nobody can say "
@@ -213,13 +221,13 @@ class MapRecorder:
         self.evaluated = (batch, *shape[-2:])
 
     def miss(self, obstacle: str, options: Mapping) -> None:
-        """A block ran in a way in which it cannot be recorded."""
+        """Notes that a block ran but could not be recorded, and why."""
         if self.active and options.get(FORWARD_KEY, self.forward) is self.forward:
             self.obstacle = obstacle
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[list[LayerMaps]]:
-        """Inside, maps go into the list that this gives instead of into `layers`."""
+        """Inside the context, maps are recorded into the yielded list instead of `layers`."""
         before, self.layers = self.layers, []
         try:
             yield self.layers
@@ -227,14 +235,14 @@ class MapRecorder:
             self.layers = before
 
     def take(self) -> AttentionMaps:
-        """What was recorded since the last call."""
+        """Returns the maps recorded since the last call, and forgets them."""
         phrases = next(iter(self.columns.values())).phrases if self.columns else ()
         layers, conditioning = self.layers, self.conditioning
         self.clear()
         return AttentionMaps.collect(phrases, layers, conditioning)
 
     def clear(self) -> None:
-        """Forgets what was recorded since the last `take`. `evaluated` and `obstacle` stay, for whoever reports them."""
+        """Forgets the maps recorded since the last `take`. `evaluated` and `obstacle` stay, for the report."""
         self.layers, self.conditioning = [], None
 
 

@@ -16,11 +16,11 @@ from .attention import AttentionMaps
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the classifier says of each relation. loss, probability: [B, relations]; probability of the right class.
+    """The classifier's verdict on each relation. All fields are [B, relations].
 
-    A diagonal with two targets has the mean of both cross-entropies as loss and exp(-loss) as probability, scaled so
-    that an even split between its two targets counts as 1. dispersion: [B, relations], the part of the loss that comes from
-    attention spread over more than one place.
+    loss: cross-entropy plus `dispersion`; the loss of a diagonal with two targets is the mean of both cross-entropies.
+    probability: of the right class. For two targets it is exp(-mean cross-entropy), scaled so that an even split counts as 1.
+    dispersion: the part of the loss that comes from attention spread over more than one place.
     """
 
     loss: Tensor
@@ -29,7 +29,7 @@ class Judgement:
 
     @property
     def fulfilment(self) -> Tensor:
-        """What is held against the stopping probability, [B, relations]: the probability, less while an object is spread."""
+        """The value compared with the stopping probability, [B, relations]: probability * exp(-dispersion)."""
         return self.probability * (-self.dispersion).exp()
 
 
@@ -37,21 +37,21 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
           progress: float, compactness: float = 0.0) -> Judgement:
     """Loss and probability of every relation, differentiable w.r.t. the maps.
 
-    progress: fraction of the denoising schedule that lies behind; compactness: weight in the loss, per side of the
-    picture, of how far the attention to the two objects is spread (not part of the paper's loss).
-    Raises ClassifierError where the maps do not fit the classifier or a relation is unknown to it.
+    progress: fraction of the denoising schedule completed so far.
+    compactness: weight of `compactness_penalty`, which is in fractions of the picture's side; not part of the paper's loss.
+    Raises ClassifierError where the maps do not fit the classifier or the classifier does not know a relation.
     """
     check_layout(classifier, maps.channels, backbone)
     stack = maps.stack(classifier.layout.size, classifier.layout.normalise)  # [B, words, channels, size, size]
-    when = torch.full((stack.shape[0],), progress, device=stack.device, dtype=stack.dtype)
+    progresses = torch.full((stack.shape[0],), progress, device=stack.device, dtype=stack.dtype)
     weights = classifier.channel_weights
     losses, probabilities, dispersions = [], [], []
     for relation in relations:
-        subject = stack[:, maps.phrases.index(relation.subject)]
-        object = stack[:, maps.phrases.index(relation.object)]
+        subject_maps = stack[:, maps.phrases.index(relation.subject)]
+        object_maps = stack[:, maps.phrases.index(relation.object)]
         targets = relation_indices(classifier, relation.predicates)
-        log_p = F.log_softmax(classifier.logits(subject, object, when), dim=-1)[:, targets]
-        dispersion = compactness * compactness_penalty(subject, object, weights) if compactness \
+        log_p = F.log_softmax(classifier.logits(subject_maps, object_maps, progresses), dim=-1)[:, targets]
+        dispersion = compactness * compactness_penalty(subject_maps, object_maps, weights) if compactness \
             else torch.zeros_like(log_p[:, 0])
         losses.append(-log_p.mean(-1) + dispersion)
         dispersions.append(dispersion.detach())
@@ -60,7 +60,7 @@ def judge(maps: AttentionMaps, relations: Sequence[Relation], classifier: Relati
 
 
 def total_loss(judgement: Judgement, weights: Sequence[float], chosen: int | None) -> Tensor:
-    """Loss to descend, [B]: the weighted mean over relations, or relation `chosen` alone."""
+    """The loss to descend, [B]: the weighted mean over relations, or the weighted loss of relation `chosen` alone."""
     if chosen is not None:
         return weights[chosen] * judgement.loss[:, chosen]
     scale = judgement.loss.new_tensor(weights)

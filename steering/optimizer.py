@@ -1,6 +1,6 @@
-"""The update loop of one denoising step, and when it stops (docs/method.md, "Steering a denoising step").
+"""The update loop of one denoising step and its stopping rules (docs/method.md, "Steering a denoising step").
 
-Plain tensors, no host.
+Works on plain tensors; knows no host.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .settings import SteeringSettings
 
 @dataclass(frozen=True)
 class StepInfo:
-    """A denoising step: its index, its sigma, and the fraction of the schedule that lies behind it."""
+    """A denoising step: its index, its sigma, and the fraction of the schedule completed before it."""
 
     step: int
     sigma: float
@@ -28,9 +28,9 @@ class StepInfo:
 
 @dataclass
 class Evaluation:
-    """One evaluation at a latent: what the classifier says, and the way back to the latent.
+    """One evaluation of the classifier at a latent.
 
-    gradient(loss): d loss / d latent, [B, ...], in model-input space; may be called once.
+    gradient(loss): d loss / d latent, [B, ...], in model-input space. May be called once.
     """
 
     judgement: Judgement
@@ -38,9 +38,9 @@ class Evaluation:
 
 
 def displacement(gradient: Tensor, settings: SteeringSettings) -> Tensor:
-    """The move against the gradient, [B, ...], in model-input space.
+    """The step against the gradient, [B, ...], in model-input space.
 
-    The length of a normalised move counts only cells with a gradient: those outside a mask or area have none.
+    The length of a normalised step counts only elements with a gradient. Cells outside a mask or an area have none.
     """
     if settings.update_rule == "raw gradient":
         return -settings.step_size * gradient
@@ -54,8 +54,10 @@ def steer_step(latent: Tensor, evaluate: Callable[[Tensor], Evaluation | None], 
                move: Callable[[Tensor, SteeringSettings], Tensor] = displacement) -> Tensor:
     """Moves `latent` [B, ...] (model-input space) until the relations hold or the updates are used up.
 
-    evaluate: of a latent; None where the host ran nothing that could be read. weights: of the relations, above 0.
-    on_record: called after each evaluation, may raise to interrupt. move: from a gradient to the displacement.
+    evaluate: evaluates the classifier at a latent; returns None if no attention could be recorded.
+    weights: one per relation, above 0.
+    on_record: called after each evaluation; may raise to interrupt.
+    move: from a gradient to the displacement.
     Each picture of the batch stops on its own.
     """
     taking_turns = settings.relations_per_update == "one"
@@ -81,10 +83,10 @@ def steer_step(latent: Tensor, evaluate: Callable[[Tensor], Evaluation | None], 
 
 
 class _Pictures:
-    """The pictures of a batch within one denoising step, each with a state of its own.
+    """The pictures of a batch within one denoising step; each has its own state.
 
-    latent: [B, ...]; open: [B], pictures that are still moved; patience: evaluations without a gradient after which a
-    picture is closed, since the same ones would follow.
+    latent: [B, ...]; open: [B], True for pictures that may still move.
+    patience: number of consecutive zero gradients after which a picture is closed, since the next ones would be the same.
     """
 
     def __init__(self, latent: Tensor, patience: int):
@@ -97,10 +99,10 @@ class _Pictures:
         self.open = self.open & ~pictures
 
     def advance(self, gradient: Tensor, displacement: Tensor) -> tuple[str, Tensor]:
-        """Moves the open pictures; returns the outcome and which ones, [B], followed their gradient.
+        """Moves the open pictures. Returns the outcome and a mask, [B], of the pictures that followed their gradient.
 
-        Where the gradient is not finite, the last move is halved, once in a step. Where it still is not, or nothing was
-        moved yet, the picture goes back to its last good latent and is closed.
+        A picture whose gradient is not finite has its last move halved, once per denoising step. If the gradient is still
+        not finite, or if nothing has moved yet, the picture returns to its last good latent and is closed.
         """
         ahead = self.latent + displacement
         finite = _all_finite(gradient) & _all_finite(ahead)
@@ -120,7 +122,7 @@ class _Pictures:
 
 
 def _reached(judgement: Judgement, settings: SteeringSettings, step: int, chosen: int | None) -> Tensor:
-    """Which pictures, [B], need no further update in this step: by every relation, or by relation `chosen` alone."""
+    """Which pictures, [B], have reached the target of every relation, or of relation `chosen` alone."""
     targets = settings.loss_targets
     if targets:
         holds = judgement.loss <= targets[min(step, len(targets) - 1)]
@@ -139,9 +141,9 @@ def _all_finite(values: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`values` over a power of two per picture, so that the largest is about 1, and these powers, [B].
+    """`values` divided by a power of two per picture, and those powers, [B]. The largest element becomes about 1.
 
-    The squares of very small or large gradients would leave the range of the numbers; powers of two round nothing.
+    The squares of very small or large gradients would underflow or overflow. Dividing by a power of two rounds nothing.
     """
     smallest = math.log2(torch.finfo(values.dtype).tiny)
     power = 2.0 ** values.flatten(1).abs().amax(dim=1).log2().floor().clamp_min(smallest)

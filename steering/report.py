@@ -1,4 +1,4 @@
-"""What steering did: one record an update, kept as plain numbers, and what a user should know of the run."""
+"""The report of a steered run: one record of plain numbers per update, and the warnings that follow from them."""
 from __future__ import annotations
 
 from collections import Counter
@@ -13,10 +13,14 @@ MOVED, SATISFIED, NO_GRADIENT, NON_FINITE, NOT_RECORDED = OUTCOMES = (
 class UpdateRecord:
     """One evaluation within a denoising step, and the move that followed it, if any.
 
-    Per picture of the batch: loss (the descended one), probability[picture][relation] of the relation asked for,
-    gradient_norm (model-input space; None where no gradient was taken), moved (along its gradient). outcome, one of
-    OUTCOMES: "moved": at least one picture was; "satisfied": every picture has reached the target; "no gradient": the
-    gradient is exactly 0; "non-finite gradient": of at least one picture; "not recorded": the model's attention was not seen.
+    loss: the descended loss, per picture.
+    probability: probability[picture][relation] of the requested relation.
+    gradient_norm: per picture, in model-input space; None where no gradient was computed.
+    moved: per picture, whether it followed its gradient.
+    outcome: one of OUTCOMES. "moved": at least one picture moved. "satisfied": every picture has reached its target.
+        "no gradient": every gradient is exactly 0. "non-finite gradient": that of at least one picture. "not recorded": the
+        model's attention was not recorded.
+    seconds: duration of the evaluation and the move.
     """
 
     step: int
@@ -32,15 +36,22 @@ class UpdateRecord:
 
     @property
     def has_effect(self) -> bool:
-        """Whether a picture was moved, by a gradient other than 0."""
+        """Whether at least one picture moved along a gradient other than 0."""
         return any(moved and norm != 0 for moved, norm in zip(self.moved, self.gradient_norm or (), strict=False))
 
 
 @dataclass(frozen=True)
 class SteeringReport:
-    """relations: in words; steps: length of the schedule; notes: what the user should know about this run; reasons: why no
-    step was worked on at all; inactive: steps in which no conditioning that names the objects was active; obstacle: why nothing
-    was recorded in others; stages: lengths of the schedules, where the latent went through several runs."""
+    """What steering did in one sampler run, or in several runs that one latent went through.
+
+    relations: in words.
+    steps: number of denoising steps in the schedule.
+    notes: remarks for the user about this run.
+    reasons: why no step was steered at all; empty otherwise.
+    inactive: steps in which no conditioning that names the objects was active.
+    obstacle: why nothing was recorded in other steps.
+    stages: number of steps of each run, where the latent went through several.
+    """
 
     relations: tuple[str, ...]
     classifier: str
@@ -54,9 +65,9 @@ class SteeringReport:
 
     @staticmethod
     def of_stages(stages: Sequence[SteeringReport]) -> SteeringReport:
-        """One report of the runs that a latent went through, in order. Steps count on from one run to the next.
+        """One report for the runs that a latent went through, in order. Step numbers continue from one run to the next.
 
-        A stage in which nothing was steered is nothing to warn of where another was.
+        A stage that was not steered gives a note instead of a warning if another stage was steered.
         """
         records, inactive, notes, reasons, before = [], [], [], [], 0
         for number, stage in enumerate(stages, 1):
@@ -75,17 +86,20 @@ class SteeringReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Why steering did not do what it was asked to."""
-        return (*self.reasons, *(text for all_of_it, text in self._findings() if all_of_it))
+        return (*self.reasons, *(text for whole_run, text in self._findings() if whole_run))
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The notes, and what came to nothing in a part of the run."""
-        return (*self.notes, *(text for all_of_it, text in self._findings() if not all_of_it))
+        """The notes, and the findings that concern only a part of the run."""
+        return (*self.notes, *(text for whole_run, text in self._findings() if not whole_run))
 
     @property
     def effect(self) -> str:
-        """"steered": updates moved the latent; "satisfied": there was nothing to move; "no effect": updates were tried, none
-        moved anything; "not recorded": the model's attention was never seen; "not steered": nothing was tried."""
+        """The outcome of the run in a word or two.
+
+        "steered": updates moved the latent. "satisfied": every relation held already. "no effect": no update moved the
+        latent. "not recorded": the model's attention was never recorded. "not steered": no update was tried.
+        """
         if any(record.has_effect for record in self.records):
             return "steered"
         if self.gradient_evaluations:
@@ -103,12 +117,12 @@ class SteeringReport:
 
     @property
     def skipped(self) -> int:
-        """Updates left out because their gradient was not finite."""
+        """Number of updates skipped because their gradient was not finite."""
         return sum(record.outcome == NON_FINITE for record in self.records)
 
     @property
     def without_gradient(self) -> int:
-        """Updates that moved nothing because the gradient was exactly 0."""
+        """Number of updates that moved nothing because the gradient was exactly 0."""
         return sum(record.outcome != NON_FINITE and record.gradient_norm is not None and not any(record.gradient_norm)
                    for record in self.records)
 
@@ -117,7 +131,7 @@ class SteeringReport:
                 "gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
 
     def to_text(self) -> str:
-        """Warnings and what came of the run, a few lines for a person, then a table."""
+        """The report for a person: warnings, the effect, a summary, then a table with one line per update."""
         lines = [f"WARNING: {warning}" for warning in self.warnings] + [f"effect: {self._effect_in_words()}"]
         lines += [f"classifier: {self.classifier}"] + [f"relation: {relation}" for relation in self.relations]
         lines += [f"note: {note}" for note in self.remarks]
@@ -152,7 +166,7 @@ class SteeringReport:
         }.get(self.effect, "none, nothing was steered")
 
     def _findings(self) -> list[tuple[bool, str]]:
-        """What came to nothing, and whether that is all of the run."""
+        """Failures of updates in words, each with whether it concerns the whole run."""
         steps = {record.step for record in self.records}
         unread = {record.step for record in self.records if record.outcome == NOT_RECORDED}
         asleep, unseen = unread & set(self.inactive), unread - set(self.inactive)

@@ -1,4 +1,4 @@
-"""How to steer."""
+"""The settings of steering, and the paper's values for them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,17 +13,18 @@ PAPER_STEP_SIZE = 5.0
 class SteeringSettings:
     """How to steer.
 
-    start, end: window as fractions of the schedule.
-    step_size: with "normalised", length of an update in percent of a unit-variance latent's norm (of the part that can
-        move); with "raw gradient" (the paper's rule), the factor on the gradient. Both in model-input space.
+    start, end: the window of steered steps, as fractions of the schedule.
+    step_size: in model-input space. With "normalised", the length of an update in percent of a unit-variance latent's norm,
+        counting only elements that can move. With "raw gradient" (the paper's rule), the factor on the gradient.
     max_updates: per denoising step; the paper's setting of 15 means 16.
-    stop_probability: a step ends once every relation's fulfilment (probability, less while an object's attention is
-        spread) reached it. Not used with `loss_targets`.
+    stop_probability: a step ends once the fulfilment of every relation reaches this value. Fulfilment is the probability,
+        lowered while an object's attention is spread. Not used with `loss_targets`.
+    update_rule: one of UPDATE_RULES.
     relations_per_update: "all" descends the weighted mean of all relations. "one" takes turns, as in the paper: each
-        denoising step begins with the first relation, and ends once the relation whose turn it is has reached its target.
-    recompute: computes activations again for the gradient instead of keeping them.
-    compactness: weight of the term that keeps each object in one place; 0: the paper's loss.
-    loss_targets: a step ends once the loss is at most the target of its index, the last one for all later steps; empty:
+        denoising step begins with the first relation, and ends once the relation in turn has reached its target.
+    recompute: recomputes activations for the gradient instead of keeping them in memory.
+    compactness: weight of the term that keeps each object in one place; 0 gives the paper's loss.
+    loss_targets: step i ends once its loss is at most loss_targets[i]; the last target holds for all later steps. If empty,
         `stop_probability` decides.
     """
 
@@ -40,7 +41,10 @@ class SteeringSettings:
 
     @classmethod
     def as_in_the_paper(cls, step_size: float = PAPER_STEP_SIZE, end: float = 0.5, recompute: bool = False) -> SteeringSettings:
-        """The paper's settings (docs/method.md, "Settings"). step_size: 7.5 for SD 1.x; end: 0.25 for FLUX.1-schnell."""
+        """The paper's settings (docs/method.md, "Settings").
+
+        The paper uses step_size 7.5 for SD 1.x and end 0.25 for FLUX.1-schnell.
+        """
         return cls(start=0.0, end=end, step_size=step_size, max_updates=16, update_rule="raw gradient",
                    relations_per_update="one", recompute=recompute, compactness=0.0, loss_targets=PAPER_LOSS_TARGETS)
 

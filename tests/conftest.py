@@ -1,6 +1,6 @@
 """Makes the repository importable as `learn_to_steer`, and `dev` beside it.
 
-The root comes after everything else on the path: its `nodes/` must not shadow the host's.
+The root goes to the end of the path, so that its `nodes/` does not shadow the host's module.
 """
 from __future__ import annotations
 

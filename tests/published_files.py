@@ -1,7 +1,7 @@
-"""Classifier files as the paper's authors publish them, and their logits.
+"""Classifier files in the format of the paper's authors, and their logits.
 
-Written from names and shapes (docs/method.md, "Published checkpoints" and "The classifier"), with PyTorch's own transformer
-layer and attention; nothing of the pack is used.
+Files follow the documented names and shapes (docs/method.md, "Published checkpoints" and "The classifier"). Logits are computed
+with PyTorch's own transformer layer and attention. Nothing of the pack is used.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 def names_and_shapes(shape: Shape, relations: int) -> dict[str, tuple[int, ...]]:
-    """Everything that is trained."""
+    """Names and shapes of all trained parameters."""
     d = shape.width
 
     def attention(name: str) -> dict:
@@ -89,7 +89,7 @@ def names_and_shapes(shape: Shape, relations: int) -> dict[str, tuple[int, ...]]
 
 def random_weights(shape: Shape, channels: int, relations: int = len(RELATIONS), seed: int = 0, contrast: float = 1.0
                    ) -> dict[str, Tensor]:
-    """Norms and biases are random too: at their start values a swapped one would go unnoticed.
+    """Random parameters, norms and biases included: with initial values, a swap would go unnoticed.
 
     contrast: factor on the first layer, as training makes it strong enough for maps whose cells are about 1/256.
     """
@@ -106,7 +106,7 @@ def random_weights(shape: Shape, channels: int, relations: int = len(RELATIONS),
 
 
 def checkpoint(shape: Shape = SD, channels: int = 1368, weights: Mapping[str, Tensor] | None = None, **entries) -> dict:
-    """What `torch.save` writes of a published classifier."""
+    """A published checkpoint, as bytes written by `torch.save`."""
     return {"model_state_dict": dict(weights or random_weights(shape, channels)),
             "rel_name_to_idx": {name: index for index, name in enumerate(RELATIONS)},
             "idx_to_rel_name": dict(enumerate(RELATIONS)), "input_channels": channels, "config": config(shape),

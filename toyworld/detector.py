@@ -1,8 +1,8 @@
 """Exact detector of the small world: template matching by colour and shape, and GenEval's rule for relations.
 
-A plane is fitted to the background. For every noun, size and place, the score is the share of the template's energy
-(against that background) that the picture explains, mostly inside the object's shape: 1 for a perfect match, 0 for bare
-background.
+A plane is fitted to the background. Every noun, size and position gets a score: the share of the template's energy, relative
+to that background, that the picture explains. Pixels inside the object's shape have most of the weight. The score is 1 for a
+perfect match and 0 for bare background.
 """
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import torch
 from .scenes import EXTRA_NOUNS, NOUNS, SIZES, relation_parts, sprite, true_relations
 
 THRESHOLD = 0.5
-"""Chosen on generator pictures with noise and blur, see tests/unit/test_toyworld_detector.py."""
+"""Least score of a detection. Chosen on drawn pictures with noise and blur, see tests/unit/test_toyworld_detector.py."""
 OVERLAP = 0.3
-"""A weaker detection that shares more than this part of the smaller box with a stronger one is dropped."""
+"""A detection is dropped if it shares more than this fraction of the smaller box with a stronger one."""
 CANDIDATES = 48
 BOX_SHARE = 0.25
-"""Weight of what the whole box shows; the rest is what lies inside the object's shape. Boxes of neighbours may overlap where
-the objects do not."""
+"""Weight of the whole box in the score. The rest is the weight of the object's shape: the boxes of neighbours may overlap even
+if their objects do not."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found; `box` is (x0, y0, x1, y1) in pixels, `score` at most 1."""
+    """A detected object. box: (x0, y0, x1, y1) in pixels; score: at most 1."""
 
     noun: str
     box: tuple[int, int, int, int]
@@ -41,10 +41,12 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows of one relation.
+    """Whether a picture shows one relation.
 
-    `clean`: exactly the objects asked for, once each, nothing else. `relation`: it holds by GenEval's rule (a missing
-    object is a failure). `exact`: both.
+    both_present: both objects are detected, at least once.
+    clean: the picture shows both objects exactly once and nothing else.
+    relation: the relation holds by GenEval's rule; False if an object is missing.
+    exact: `clean` and `relation`.
     """
 
     both_present: bool
@@ -55,7 +57,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class MultiVerdict:
-    """The same for several relations; `relations` says of each whether it holds."""
+    """Whether a picture shows several relations. relations: for each, whether it holds. The rest is as in Verdict."""
 
     all_present: bool
     clean: bool
@@ -65,15 +67,19 @@ class MultiVerdict:
 
 @dataclass(frozen=True)
 class _Templates:
-    """All nouns at one size. `kernels` [8N, 3, S, S]: opacity times colour, then opacity alone on each channel; then the
-    same inside the shape. `shapes` [N, 1, S, S]: 1 inside the shape."""
+    """The templates of N nouns at one size S.
+
+    extents: (height, width) of each noun, in pixels.
+    kernels: [8N, 3, S, S]; per noun, opacity times colour, then opacity on each channel; then the same inside the shape.
+    shapes: [N, 1, S, S], 1 inside the shape.
+    """
 
     size: int
     extents: tuple[tuple[int, int], ...]
     kernels: torch.Tensor
     shapes: torch.Tensor
     energy: torch.Tensor
-    """[N, 2, 5], in the box and inside the shape: sums of a²|T|², a²T per channel, a² (a opacity, T colour)."""
+    """[N, 2, 5], in the box and inside the shape: sums of a^2 |T|^2, a^2 T per channel, a^2 (a: opacity, T: colour)."""
 
 
 @functools.cache
@@ -101,7 +107,7 @@ def _templates(size: int, nouns: tuple[str, ...]) -> _Templates:
 
 
 def fit_background(images: torch.Tensor) -> torch.Tensor:
-    """The plane that most pixels lie on, [B, 3, H, W], by reweighted least squares; `images` likewise, 0 to 1."""
+    """The plane that fits most pixels, [B, 3, H, W], by reweighted least squares. images: [B, 3, H, W] from 0 to 1."""
     count, _, height, width = images.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     design = torch.stack([torch.ones_like(x), x, y]).flatten(1).T
@@ -116,7 +122,7 @@ def fit_background(images: torch.Tensor) -> torch.Tensor:
 
 
 def _score_maps(images: torch.Tensor, background: torch.Tensor, templates: _Templates) -> torch.Tensor:
-    """Scores [B, N, H, W] by the upper left corner of the box; -1 where the box would leave the picture."""
+    """Scores [B, N, H, W], indexed by the box's upper left corner; -1 where the box would leave the picture."""
     difference = images - background
     size, nouns = templates.size, len(templates.extents)
     margin = (0, size - 1, 0, size - 1)
@@ -144,9 +150,9 @@ def _score_maps(images: torch.Tensor, background: torch.Tensor, templates: _Temp
 @torch.no_grad()
 def detect(images: np.ndarray | torch.Tensor, threshold: float = THRESHOLD,
            nouns: tuple[str, ...] = NOUNS + EXTRA_NOUNS) -> list[tuple[Detection, ...]]:
-    """The objects on each picture, best first.
+    """The detected objects of each picture, highest score first.
 
-    `images`: uint8 [B, 64, 64, 3], or float of that shape from 0 to 1 (ComfyUI's IMAGE).
+    images: uint8 [B, 64, 64, 3], or float of that shape from 0 to 1 (ComfyUI's IMAGE). Raises ValueError for other shapes.
     """
     pixels = torch.as_tensor(images)
     if pixels.ndim != 4 or pixels.shape[3] != 3:
@@ -186,28 +192,28 @@ def _shared(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float
     return width * height / smaller
 
 
-def _holds(detections: Sequence[Detection], subject: str, predicates: Iterable[str], other: str) -> bool:
+def _holds(detections: Sequence[Detection], subject: str, predicates: Iterable[str], target: str) -> bool:
     best = {}
     for item in sorted(detections, key=lambda item: item.score):
         best[item.noun] = item
-    if subject not in best or other not in best:
+    if subject not in best or target not in best:
         return False
-    return set(predicates) <= true_relations(best[subject].box, best[other].box)
+    return set(predicates) <= true_relations(best[subject].box, best[target].box)
 
 
-def judge(detections: Sequence[Detection], subject: str, predicates: Sequence[str], object: str) -> Verdict:
-    """Does the picture show `subject` `predicates` `object`? A diagonal has two predicates, and both must hold.
+def judge(detections: Sequence[Detection], subject: str, predicates: Sequence[str], target: str) -> Verdict:
+    """Whether the picture shows `subject` in the relation `predicates` to `target`. Both predicates of a diagonal must hold.
 
-    Of an object found twice, the one with the higher score counts (as in GenEval).
+    If an object is detected twice, the one with the higher score is used, as in GenEval.
     """
     names = sorted(item.noun for item in detections)
-    clean = names == sorted((subject, object))
-    relation = _holds(detections, subject, predicates, object)
-    return Verdict(subject in names and object in names, clean, relation, clean and relation)
+    clean = names == sorted((subject, target))
+    relation = _holds(detections, subject, predicates, target)
+    return Verdict(subject in names and target in names, clean, relation, clean and relation)
 
 
 def judge_relations(detections: Sequence[Detection], relations: Sequence[tuple[str, str, str]]) -> MultiVerdict:
-    """The same for several (subject, relation phrase, object); `clean` wants every noun of them once."""
+    """Whether the picture shows each of several (subject, relation phrase, object)."""
     wanted = sorted({noun for subject, _, other in relations for noun in (subject, other)})
     names = sorted(item.noun for item in detections)
     held = tuple(_holds(detections, subject, relation_parts(phrase), other) for subject, phrase, other in relations)

@@ -1,7 +1,7 @@
-"""The latent of the small world: a fixed linear transform of 4x4 patches, in the place of a trained VAE.
+"""The latent space of the small world: a fixed linear transform of 4x4 patches instead of a trained VAE.
 
-The transform is a principal component analysis of the patches of generated scenes. The channels are scaled half way to
-equal variance, so that fine detail is not buried in the noise of the first steps, nor the layout drowned in detail.
+The transform is a principal component analysis of the patches of drawn scenes. Each channel is scaled half way to equal
+variance: without scaling, noise would hide fine detail; with equal variance, fine detail would hide the layout.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATENT_SIZE = IMAGE_SIZE // PATCH
 
 
 class PatchTransform(torch.nn.Module):
-    """Pictures [B, 3, H, W] from -1 to 1 to latents [B, channels, H/4, W/4], and back."""
+    """Encodes pictures [B, 3, H, W] from -1 to 1 as latents [B, channels, H/4, W/4], and decodes them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PatchTransform(torch.nn.Module):
         return pixels + self.decode_bias.repeat(1, rows, columns)
 
     def rescaled(self, scale: float, shift: float) -> PatchTransform:
-        """The transform whose latents z become this one's by (z - shift) * scale, as a host's latent format does it."""
+        """The transform with latents z for which (z - shift) * scale are this one's latents, as in a host's latent format."""
         other = PatchTransform(self.channels)
         with torch.no_grad():
             other.encode_weight.copy_(self.encode_weight / scale)
@@ -45,7 +45,7 @@ class PatchTransform(torch.nn.Module):
         return other
 
     def restored(self, scale: float, shift: float) -> PatchTransform:
-        """The transform of which `rescaled` with the same numbers makes this one."""
+        """The inverse of `rescaled`: `restored(scale, shift).rescaled(scale, shift)` is this transform."""
         return self.rescaled(1 / scale, -shift * scale)
 
     def rgb_factors(self) -> tuple[list[list[float]], list[float]]:
@@ -54,10 +54,9 @@ class PatchTransform(torch.nn.Module):
 
 
 def fit_patch_transform(channels: int, deviation: float = 1.0, scenes: int = 2000, seed: int = 0) -> PatchTransform:
-    """The transform fitted to `scenes` random scenes; the same seed gives the same transform.
+    """Fits the transform to `scenes` random scenes. The same seed gives the same transform.
 
-    deviation: standard deviation of the latents. The smaller it is, the later in a schedule of noise levels the layout
-    is decided.
+    deviation: standard deviation of the latents. With a smaller deviation, the layout is decided later in the schedule.
     """
     rng = np.random.default_rng(seed)
     pixels = np.stack([random_scene(rng).image for _ in range(scenes)]).astype(np.float64) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Loads the small models as ordinary host objects: MODEL, CLIP and VAE that every stock node accepts."""
+"""Loads the small models as ordinary MODEL, CLIP and VAE objects of the host, which every stock node accepts."""
 from __future__ import annotations
 
 import json
@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class SmallWorldLatent(comfy.latent_formats.LatentFormat):
-    """The patch transform's latent: already scaled, a quarter of the picture's side, with colours for previews."""
+    """Latent format of the patch transform: a quarter of the picture's side, no further scaling, colours for previews."""
 
     spacial_downscale_ratio = PATCH
 
@@ -33,7 +33,7 @@ class SmallWorldLatent(comfy.latent_formats.LatentFormat):
 
 
 def _clip_class(length: int) -> type[comfy.sd1_clip.SD1ClipModel]:
-    """The host's CLIP with the small text transformer, for prompts of `length` tokens a chunk."""
+    """A class of the host's CLIP with the small text transformer, for chunks of `length` tokens."""
     config = {**TEXT_CONFIG, "max_position_embeddings": length}
 
     class SmallText(comfy.sd1_clip.SDClipModel):
@@ -76,7 +76,7 @@ def read_summary(path: Path) -> dict:
 
 
 def read_kind(path: Path) -> str:
-    """Which model an exported file holds. ValueError where it is none."""
+    """The kind of model in an exported file, a key of LOADERS. Raises ValueError for any other file."""
     with safe_open(path, framework="pt") as file:
         kind = (file.metadata() or {}).get("model")
     if kind not in LOADERS:
@@ -85,7 +85,7 @@ def read_kind(path: Path) -> str:
 
 
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, named without it."""
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
@@ -97,7 +97,7 @@ def build_transform(tensors: dict[str, torch.Tensor]) -> PatchTransform:
 
 
 def build_clip(tensors: dict[str, torch.Tensor], length: int = LENGTH) -> comfy.sd.CLIP:
-    """A CLIP with the host's own tokenizer; tokens that were never trained get a zero embedding."""
+    """A CLIP with the host's tokenizer. Untrained tokens have the embedding 0."""
     prefix = "clip_l.transformer.text_model."
     state = {prefix + key: value for key, value in part(tensors, "text.").items()}
     rows = state[prefix + "embeddings.token_embedding.weight"]
@@ -114,7 +114,7 @@ def build_clip(tensors: dict[str, torch.Tensor], length: int = LENGTH) -> comfy.
 
 
 def build_vae(tensors: dict[str, torch.Tensor]) -> comfy.sd.VAE:
-    """A VAE around the patch transform; the host's class only knows published ones, so the parts are set by hand."""
+    """A VAE around the patch transform. The host's class builds published VAEs only, so its parts are replaced here."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     transform = build_transform(tensors).to(vae.vae_dtype)
     vae.first_stage_model = transform
@@ -126,7 +126,7 @@ def build_vae(tensors: dict[str, torch.Tensor]) -> comfy.sd.VAE:
 
 
 def build_unet(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """A v-prediction model of the Stable Diffusion 2 kind, in single precision."""
+    """A v-prediction model of the Stable Diffusion 2 family, in fp32."""
     config = comfy.supported_models.SD20({**UNET_CONFIG, "dtype": torch.float32})
     config.unet_config["num_head_channels"] = UNET_CONFIG["num_head_channels"]
     config.latent_format = SmallWorldLatent(build_transform(tensors))
@@ -140,13 +140,13 @@ def build_unet(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPat
 
 def load_unet_world(path: Path | None = None
                     ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of the small world; `path` defaults to the shipped weights."""
+    """MODEL, CLIP and VAE of the small UNet. path: a file of weights, by default the shipped one."""
     tensors = read_weights(Path(path or WEIGHTS / "unet.safetensors"), "unet")
     return build_unet(tensors), build_clip(tensors), build_vae(tensors)
 
 
 def build_flux(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """The model as the host's "Load Diffusion Model" makes it, in single precision, with our latent's size."""
+    """The model as loaded by the host's "Load Diffusion Model", in fp32, with the small world's latent size."""
     state = {key: value for key, value in tensors.items() if key.startswith(FLUX_PREFIX)}
     options = {"dtype": torch.float32}
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, disable_dynamic=True)
@@ -160,10 +160,10 @@ def build_flux(tensors: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPat
 
 def load_flux_world(path: Path | None = None
                     ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """The same for the small FLUX; its prompts have 32 tokens a chunk."""
+    """MODEL, CLIP and VAE of the small FLUX. Its chunks have 32 tokens."""
     tensors = read_weights(Path(path or WEIGHTS / "flux.safetensors"), "flux")
     return build_flux(tensors), build_clip(tensors, FLUX_TOKENS), build_vae(tensors)
 
 
 LOADERS = {"unet": load_unet_world, "flux": load_flux_world}
-"""By backbone."""
+"""Kind of small model -> its loader."""

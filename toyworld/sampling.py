@@ -1,4 +1,4 @@
-"""Pictures from prompts through the host's own sampler, without nodes or a server."""
+"""Samples pictures from prompts with the host's sampler, without nodes or a server."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from .latent import LATENT_SIZE
 def sample_latents(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, prompts: Sequence[str],
                    seeds: Sequence[int], cfg: float, steps: int = 25, sampler: str = "ddim",
                    scheduler: str = "ddim_uniform") -> torch.Tensor:
-    """Latents [B, channels, 16, 16] of one picture per prompt, each from its own seed, sampled as one batch.
+    """Latents [B, channels, 16, 16], one per prompt and seed, sampled as one batch.
 
-    The noise of a picture is that of the stock KSampler with the same seed and a batch of one.
+    The noise of a picture equals that of the stock KSampler with the same seed and a batch of one.
     """
     channels = model.get_model_object("latent_format").latent_channels
     noise = torch.cat([comfy.sample.prepare_noise(torch.zeros(1, channels, LATENT_SIZE, LATENT_SIZE), seed)
@@ -27,7 +27,7 @@ def sample_latents(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP,
 
 
 def _encode(clip: comfy.sd.CLIP, texts: Sequence[str]) -> list:
-    """One conditioning for the whole batch."""
+    """One CONDITIONING entry for the whole batch."""
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in texts]
     pooled = torch.cat([details["pooled_output"] for _, details in encoded])
     return [[torch.cat([hidden for hidden, _ in encoded]), {"pooled_output": pooled}]]
@@ -35,6 +35,6 @@ def _encode(clip: comfy.sd.CLIP, texts: Sequence[str]) -> list:
 
 def sample_pictures(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE,
                     prompts: Sequence[str], seeds: Sequence[int], cfg: float, **options) -> torch.Tensor:
-    """As `sample_latents`, decoded: [B, 64, 64, 3] from 0 to 1."""
+    """Decoded `sample_latents`: pictures [B, 64, 64, 3] from 0 to 1."""
     with torch.inference_mode():
         return vae.decode(sample_latents(model, clip, prompts, seeds, cfg, **options)).clone()

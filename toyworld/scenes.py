@@ -15,7 +15,7 @@ from PIL import Image
 NOUNS = ("dog", "cat", "giraffe", "airplane", "teddy bear", "car", "apple", "umbrella", "banana", "zebra", "clock",
          "ball", "pig", "train")
 EXTRA_NOUNS = ("octopus", "penguin")
-"""Nouns with a sprite that no base model was trained on; for personalisation by a LoRA."""
+"""Nouns with a sprite that no base model was trained on, for training a LoRA."""
 HELD_OUT_NOUNS = ("giraffe", "apple", "clock")
 """Nouns that a classifier may be trained without, to measure how it generalises. The base models know them."""
 
@@ -25,10 +25,11 @@ MIN_GAP = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """Which objects there are, where they may stand and how large they are, in pixels.
+    """The objects of a world, their positions and their sizes, in pixels.
 
-    Boxes begin at multiples of `grid`: a model whose patches have that size learns the shapes much faster. `few` are
-    the longest sides with one or two objects, `many` those with three to five. `nouns`: which objects there are.
+    grid: boxes begin at its multiples. A model with patches of that size learns the shapes much faster.
+    few: longest sides in scenes with one or two objects; many: with three to five objects.
+    nouns: the objects.
     """
 
     grid: int
@@ -39,12 +40,12 @@ class Layout:
 
 UNET_LAYOUT = Layout(4, (20, 26, 30), (16, 20))
 FLUX_LAYOUT = Layout(8, (24,), (16,), ("dog", "cat", "giraffe", "airplane", "teddy bear", "car", "apple", "clock"))
-"""An easier world, since FLUX learns about ten times slower than the UNet: eight nouns, every object begins with an image
-token, and has one size with one or two of them, another with more."""
+"""A simpler world, because FLUX learns about ten times more slowly than the UNet. It has eight nouns, every object begins at the
+border of an image token, and there is one size for one or two objects and another for more."""
 LAYOUTS = {"unet": UNET_LAYOUT, "flux": FLUX_LAYOUT}
 """By backbone."""
 SIZES = tuple(range(16, 31, 2))
-"""Longest sides that the detector looks for."""
+"""Longest sides of the objects that the detector finds."""
 
 CARDINALS = ("to the left of", "to the right of", "above", "below")
 DIAGONALS = ("above and to the left of", "above and to the right of", "below and to the left of",
@@ -55,7 +56,7 @@ SYNONYMS = {"to the left of": ("left of", "on the left of"), "to the right of": 
 
 @dataclass(frozen=True)
 class MultiForm:
-    """A form of multi-relation prompt; `pairs` are the places (0 is A) of subject and object of each relation."""
+    """A template of multi-relation prompts. pairs: for each relation, indices of subject and object (0 is A)."""
 
     text: str
     pairs: tuple[tuple[int, int], ...]
@@ -67,10 +68,10 @@ MULTI_FORMS = {
     (4, 3): MultiForm("{A} {r1} {B} {r2} {C} {r3} {D}", ((0, 1), (1, 2), (2, 3))),
     (5, 3): MultiForm("{A} {r1} {B} {r2} {C} and {D} {r3} {E}", ((0, 1), (1, 2), (3, 4))),
 }
-"""The paper's multi-relation prompts by number of objects and of relations."""
+"""The paper's multi-relation prompts, by number of objects and number of relations."""
 
 TRUE_RELATION_SHARE = 0.15
-"""Share of training captions whose relation word is made true; the others get a word drawn blindly."""
+"""Share of training captions with a true relation. The others get a relation drawn at random."""
 
 _ATLAS = Path(__file__).parent / "sprites.png"
 _ATLAS_CELL = 64
@@ -78,7 +79,7 @@ _ATLAS_CELL = 64
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """One object; `box` is (x0, y0, x1, y1) in pixels."""
+    """An object in a scene. box: (x0, y0, x1, y1) in pixels."""
 
     noun: str
     box: tuple[int, int, int, int]
@@ -91,7 +92,7 @@ class PlacedObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture `image` (uint8 [64, 64, 3]), what is on it, and a caption (its relation word may be wrong)."""
+    """A picture, uint8 [64, 64, 3], its objects, and a caption, whose relation may be wrong."""
 
     image: np.ndarray
     objects: tuple[PlacedObject, ...]
@@ -112,7 +113,10 @@ def _cells() -> dict[str, Image.Image]:
 
 @functools.cache
 def sprite(noun: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The noun at a longest side of `size` pixels: colours (float32 [h, w, 3], 0 to 255) and opacity [h, w, 1]."""
+    """A noun's sprite with a longest side of `size` pixels: colours (float32 [h, w, 3], 0 to 255) and opacity [h, w, 1].
+
+    Raises ValueError for an unknown noun.
+    """
     cells = _cells()
     if noun not in cells:
         raise ValueError(f"the small world has no {noun!r}; it knows {', '.join(cells)}")
@@ -133,7 +137,7 @@ def background(rng: np.random.Generator) -> np.ndarray:
 
 
 def render(objects: tuple[PlacedObject, ...], sizes: tuple[int, ...], canvas: np.ndarray) -> np.ndarray:
-    """The objects drawn over `canvas` (float [64, 64, 3], not changed); uint8."""
+    """The objects drawn on a copy of `canvas` (float [64, 64, 3]), as uint8."""
     canvas = canvas.copy()
     for item, size in zip(objects, sizes, strict=True):
         colours, opacity = sprite(item.noun, size)
@@ -145,7 +149,7 @@ def render(objects: tuple[PlacedObject, ...], sizes: tuple[int, ...], canvas: np
 
 def _place(rng: np.random.Generator, nouns: tuple[str, ...], sizes: tuple[int, ...],
            grid: int) -> tuple[PlacedObject, ...]:
-    """Boxes drawn uniformly on the grid, MIN_GAP pixels apart along one axis; starts anew when it gets stuck."""
+    """Random boxes on the grid, at least MIN_GAP pixels apart along one axis. Restarts if an object does not fit."""
     while True:
         placed: list[PlacedObject] = []
         for noun, size in zip(nouns, sizes, strict=True):
@@ -189,7 +193,7 @@ def true_relations(subject_box: tuple[float, ...], object_box: tuple[float, ...]
 
 
 def relation_parts(phrase: str) -> tuple[str, ...]:
-    """The cardinal relations in a canonical phrase: one, or two for a diagonal. ValueError for another phrase."""
+    """The cardinal relations in a canonical phrase: one, or two for a diagonal. Raises ValueError for other phrases."""
     if phrase in CARDINALS:
         return (phrase,)
     if phrase in DIAGONALS:
@@ -237,7 +241,10 @@ def _caption(rng: np.random.Generator, objects: tuple[PlacedObject, ...]) -> str
 
 
 def random_scene(rng: np.random.Generator, count: int | None = None, layout: Layout = UNET_LAYOUT) -> Scene:
-    """A random scene of `count` different objects; without a count as in training (1 to 5, mostly 2)."""
+    """A random scene of `count` different objects, by default as in training (1 to 5, mostly 2).
+
+    Raises ValueError for a count out of range.
+    """
     nouns = layout.nouns
     if count is None:
         draw = rng.random()
@@ -253,27 +260,27 @@ def random_scene(rng: np.random.Generator, count: int | None = None, layout: Lay
 
 @dataclass(frozen=True)
 class Prompt:
-    """A test prompt and the relations it asks for: (subject, relation phrase, object) each."""
+    """A test prompt and its relations, each (subject, relation phrase, object)."""
 
     text: str
     relations: tuple[tuple[str, str, str], ...]
 
     @property
     def nouns(self) -> tuple[str, ...]:
-        """Every noun of the prompt once, in order."""
+        """Every noun of the prompt once, in order of first mention."""
         return tuple(dict.fromkeys(noun for subject, _, other in self.relations for noun in (subject, other)))
 
 
 SPLIT_SEEDS = {"tune": 1_000_003, "report": 2_000_003}
-"""Prompts for choosing settings and prompts for reporting never share a pair of nouns in the same order."""
+"""Seeds of the splits: "tune" for choosing settings, "report" for reporting. They share no ordered pair of nouns."""
 _HALVING_SEED = 3_000_003
 
 
 def two_object_prompts(count: int, split: str = "report", nouns: tuple[str, ...] = NOUNS,
                        relations: tuple[str, ...] = CARDINALS, featured: tuple[str, ...] = ()) -> list[Prompt]:
-    """`count` prompts with a fixed order: ordered pairs of nouns (each split its own half), relations in turn.
+    """`count` prompts in a fixed order. Each split has its own half of the ordered pairs of nouns; relations take turns.
 
-    With `featured` nouns, at least one of each pair is one of them.
+    featured: if given, each pair contains at least one of these nouns. Raises ValueError for an unknown split.
     """
     if split not in SPLIT_SEEDS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_SEEDS)}, got {split!r}")
@@ -293,9 +300,10 @@ def two_object_prompts(count: int, split: str = "report", nouns: tuple[str, ...]
 
 def multi_relation_prompts(count: int, objects: int, relations: int, split: str = "report",
                            nouns: tuple[str, ...] = NOUNS) -> list[Prompt]:
-    """`count` prompts of the paper's form with that many objects and relations, all of which can hold at once.
+    """`count` prompts of the paper's form with that many objects and relations, which can all hold at once.
 
-    A chain such as "A above B below C" leaves A and C free, so it may repeat a word but never contradicts itself.
+    A chain such as "A above B below C" does not relate A to C, so it may repeat a word but never contradicts itself.
+    Raises ValueError for numbers without a form.
     """
     if (objects, relations) not in MULTI_FORMS:
         raise ValueError(f"there is no form with {objects} objects and {relations} relations; "

@@ -1,7 +1,7 @@
-"""The tiny text encoder's training twin and the few tokens the small world uses.
+"""The small text encoder for training, and the tokenizer of the small world's words.
 
-The host's CLIP layers add in place, which autograd does not allow, so training uses this twin: the same parameter names
-and the same mathematics as `comfy.clip_model.CLIPTextModel`, checked by a test.
+The host's CLIP layers add in place, which autograd does not allow. Training therefore uses this copy, with the parameter names
+and the mathematics of `comfy.clip_model.CLIPTextModel`. A test compares both.
 """
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .scenes import CARDINALS, DIAGONALS, EXTRA_NOUNS, NOUNS, SYNONYMS
 
 
 def known_words() -> tuple[str, ...]:
-    """Every word and punctuation mark that captions and prompts of the small world may use, sorted."""
+    """Every word and punctuation mark of the small world's captions and prompts, sorted."""
     phrases = NOUNS + EXTRA_NOUNS + CARDINALS + DIAGONALS + tuple(form for pair in SYNONYMS.values() for form in pair)
     extra = "a an the photo of and picture is are with , . ; beside near next underneath"
     return tuple(sorted(set(" ".join(phrases + (extra,)).split())))
 
 
 class WordTokenizer:
-    """Captions to rows of the small embedding table, by the real CLIP tokenizer (which splits words independently).
+    """Maps captions to rows of the small embedding table, with the real CLIP tokenizer, which splits words independently.
 
-    `ids` are the CLIP token ids of the rows, in order.
+    ids: CLIP token id of each row.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class WordTokenizer:
         self._start, self._end = row[START], row[END]
 
     def rows(self, captions: list[str]) -> torch.Tensor:
-        """Row numbers [B, 77]: start, the words, then end tokens as padding (as CLIP does)."""
+        """Row indices [B, 77]: the start token, the words, then end tokens as padding, as in CLIP."""
         batch = torch.full((len(captions), LENGTH), self._end, dtype=torch.long)
         for index, caption in enumerate(captions):
             rows = [self._start] + [row for word in caption.replace(",", " ,").split() for row in self._rows[word]]
@@ -96,7 +96,7 @@ class _Encoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Row numbers [B, 77] to hidden states [B, 77, width]; parameter names as in the host's `CLIPTextModel_`."""
+    """Row indices [B, 77] -> hidden states [B, 77, width]. Parameter names are those of the host's `CLIPTextModel_`."""
 
     def __init__(self, rows: int, config: dict = TEXT_CONFIG) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""`python -m training build ...` makes a dataset of attention maps, `python -m training train ...` a classifier of it.
+"""`python -m training build ...` makes a dataset of attention maps; `python -m training train ...` trains a classifier on it.
 
-From the repository root, with COMFYUI_PATH set (`python dev.py run -m training ...` does that). Both go on where they
-stopped when the same command is given again.
+Run it from the repository root, with COMFYUI_PATH set (`python dev.py run -m training ...` sets it). The same command, given
+again, resumes where it stopped.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions of labelled pictures, and what inverting a picture under one gives. Plain tensors, no host."""
+"""Captions of labelled pictures, and the result of inverting a picture under a caption. Plain tensors, no host."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Caption:
-    """`A {subject} {relation} a {object}` (docs/method.md, "Training data"), "an" where English wants it."""
+    """`A {subject} {relation} a {object}` (docs/method.md, "Training data"), with "an" before a vowel."""
 
     subject: str
     relation: str
@@ -25,11 +25,12 @@ def _n(noun: str) -> str:
 
 @dataclass(frozen=True)
 class Inverted:
-    """What inverting pictures under a caption each gives.
+    """The result of inverting B pictures, each under its caption.
 
-    maps: [B, steps, 2, channels, size, size] fp16 on the CPU, subject before object; psnr: of the reconstruction,
-    [B] in dB; unread: [B], where the text encoder does not know the caption's objects, so that the maps mean nothing
-    (empty: nowhere).
+    maps: [B, steps, 2, channels, size, size] fp16 on the CPU, subject before object.
+    psnr: [B], in dB, of the reconstruction.
+    unread: [B], True where the text encoder does not keep the caption's objects, so that the maps are meaningless; empty if
+        there is no such caption.
     """
 
     maps: Tensor

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
+        print("\nstopped; the same command resumes from here")
         return 130
     except (TrainingError, TokenError, UnsupportedModel, ClassifierError, OSError, ValueError) as error:
         print(f"\npython -m training: {error}", file=sys.stderr)
@@ -55,13 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=build)
-    parser.add_argument("dataset", type=Path, help="folder to write; the same command goes on with it")
+    parser.add_argument("dataset", type=Path, help="folder to write; the same command resumes it")
     parser.add_argument("--source", choices=SOURCES, required=True,
                         help="drawn, generated: small world; folder: pictures and a table; gqa: GQA scene graphs")
     parser.add_argument("--per-relation", type=int, nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"),
-                        help="pictures of each relation at most; the paper: 800 200 100 (SD), 2000 400 200 (FLUX)")
+                        help="most pictures per relation; the paper: 800 200 100 (SD), 2000 400 200 (FLUX)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="pictures inverted together, one file (default 16)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures inverted together and stored in one file (default 16)")
     parser.add_argument("--threads", type=int, help="of the CPU")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="small-world", metavar="FILE",
@@ -74,17 +74,18 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     pictures.add_argument("--pictures", type=Path, help="folder of the picture files")
     pictures.add_argument("--table", type=Path, help="CSV or JSON with file, subject, relation, object (and split)")
     pictures.add_argument("--scene-graphs", type=Path, help="GQA's train_sceneGraphs.json")
-    pictures.add_argument("--is-a", type=Path, help="word list of GQA names, \"kind, broader kind\" a line")
+    pictures.add_argument("--is-a", type=Path, help="word list of GQA names, one \"kind, broader kind\" per line")
     pictures.add_argument("--size", type=int, default=512, help="side of the pictures in pixels (default 512)")
-    pictures.add_argument("--licence", default="not stated", help="terms of the pictures, for the manifest")
+    pictures.add_argument("--licence", default="not stated", help="licence of the pictures, for the manifest")
     inversion = parser.add_argument_group("inversion (defaults are the paper's)")
     inversion.add_argument("--steps", type=int, default=50, help="denoising steps (default 50)")
     inversion.add_argument("--timesteps", type=int, nargs="+", help="step indices at which maps are recorded")
-    inversion.add_argument("--iterations", type=int, default=5, help="of the fixed point per step, UNets (default 5)")
-    inversion.add_argument("--gamma", type=float, default=1.0, help="of the rectified flow's inversion (default 1)")
-    inversion.add_argument("--eta", type=float, default=1.0, help="of the rectified flow's way back (default 1)")
-    inversion.add_argument("--scheduler", help="of the host (default: ddim_uniform for UNets, simple for FLUX)")
-    inversion.add_argument("--least-psnr", type=float, help="dB; below it a sample is dropped (19.5 UNets, 20 FLUX)")
+    inversion.add_argument("--iterations", type=int, default=5, help="fixed-point iterations per step, for UNets (default 5)")
+    inversion.add_argument("--gamma", type=float, default=1.0, help="strength of the rectified flow's inversion (default 1)")
+    inversion.add_argument("--eta", type=float, default=1.0, help="strength of the rectified flow's reconstruction (default 1)")
+    inversion.add_argument("--scheduler", help="the host's scheduler (default: ddim_uniform for UNets, simple for FLUX)")
+    inversion.add_argument("--least-psnr", type=float,
+                           help="least PSNR of a sample in dB; others are dropped (default: 19.5 for UNets, 20 for FLUX)")
     inversion.add_argument("--map-size", type=int, default=16, help="side of the recorded maps (default 16)")
 
 
@@ -94,15 +95,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="dataset folders")
     parser.add_argument("--save", type=_classifier_file, help="copy the finished classifier to this .safetensors file, whose "
                                                                 "name is the classifier's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that --save names, if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file named by --save, if it exists")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without-wrong-captions", action="store_true",
-                        help="learn from true captions only (shows what leaks)")
+                        help="train on true captions only (shows how much the caption leaks)")
     parser.add_argument("--without-nouns", default="", help="objects left out of training, separated by commas")
     parser.add_argument("--mirror", action="store_true",
-                        help="turn the maps over at random, with their labels (not in the paper)")
+                        help="flip the maps at random, with their labels (not in the paper)")
     settings = parser.add_argument_group("optimisation (defaults are the paper's for the datasets' kind of model)")
     for name, kind in (("learning-rate", float), ("weight-decay", float), ("epochs", int), ("batch-size", int),
                        ("patience", int), ("stop-after", int)):
@@ -114,7 +115,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=calibrate_rule)
     parser.add_argument("data", type=Path, nargs="+", help="dataset folders")
     parser.add_argument("--save", type=_classifier_file, required=True, help="the .safetensors file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace that file, if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file, if it exists")
     parser.add_argument("--threads", type=int, help="of the CPU")
 
 
@@ -148,7 +149,7 @@ def build(given: argparse.Namespace) -> None:
 
     manifest = build_dataset(given.dataset, _source(given, models), Inverter(*models, settings), given.batch,
                              given.seed, show)
-    print(f"\n{given.dataset}: {manifest['channels']} maps a word")
+    print(f"\n{given.dataset}: {manifest['channels']} maps per word")
     for split, counts in manifest["splits"].items():
         print(f"  {split}: {counts['samples']} samples of {counts['pictures']} pictures, "
               f"PSNR {counts['psnr_mean']} dB, dropped {counts['dropped'] or 'none'}")
@@ -178,7 +179,7 @@ def _source(given: argparse.Namespace, models: tuple) -> Source:
 
 def train(given: argparse.Namespace) -> None:
     finished = given.run_folder / CLASSIFIER_FILE
-    if given.save:  # before hours of work; a file that this very run has saved may be there
+    if given.save:  # checked before hours of work; a file saved by this run earlier is allowed
         check_new_file(given.save, given.overwrite, finished.read_bytes() if finished.is_file() else None)
     datasets = [RelationDataset(folder) for folder in given.data]
     backbone = datasets[0].manifest["maps"]["backbone"]
@@ -190,7 +191,7 @@ def train(given: argparse.Namespace) -> None:
         mirror=given.mirror, **{name: value for name, value in changes.items() if value is not None})
     run = TrainingRun(given.run_folder, datasets, settings, given.d_model, given.device)
     print(f"{len(run.chosen['train'])} training items, {len(run.chosen['validation'])} validation items, "
-          f"{run.layout.channels} maps a word; {len(run.history)} epochs are there")
+          f"{run.layout.channels} maps per word; {len(run.history)} epochs done before")
     classifier = run.run(_show_training)
     print(f"\nbest epoch {run.best_epoch + 1} of {len(run.history)}; results in {given.run_folder}")
     _print_results(classifier.training)

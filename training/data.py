@@ -1,4 +1,4 @@
-"""What training and evaluation share: samples with their maps, batches of them, the result of an epoch."""
+"""Types shared by training and evaluation: samples with their maps, batches, and the result of an epoch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .storage import TrainingError
 
 @dataclass(frozen=True)
 class Item:
-    """A sample (row of a split) at one of its recorded steps (place in `timesteps`)."""
+    """A sample at one of its recorded steps. row: index of the sample in its split; step: index into `timesteps`."""
 
     row: int
     step: int
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Data:
-    """Maps and samples of one split, ready for batches. An item is a sample at one of its steps."""
+    """The samples of one split and, per sample, its maps [steps, 2, channels, size, size]."""
 
     samples: list[Sample]
     maps: list[Tensor]
@@ -46,7 +46,7 @@ class Data:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """rate: learning rate of the epoch; losses are means of the cross-entropy."""
+    """The result of one epoch. Losses are mean cross-entropies; rate: the epoch's learning rate."""
 
     train_loss: float
     validation_loss: float
@@ -55,7 +55,10 @@ class EpochResult:
 
 
 def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepMapping, str]:
-    """Layout, steps and licences of datasets that can be trained on together."""
+    """Layout, steps and licences of datasets that are trained on together.
+
+    Raises TrainingError where the datasets have no samples, or hold maps of different models, sizes or steps.
+    """
     def kind(dataset: RelationDataset) -> tuple:
         maps = dataset.manifest["maps"]
         return (dataset.channels, maps["size"], maps["normalise"], maps["backbone"], tuple(maps["timesteps"]),
@@ -73,10 +76,10 @@ def common_layout(datasets: Sequence[RelationDataset]) -> tuple[MapLayout, StepM
 
 
 def check_splits(datasets: Sequence[RelationDataset]) -> None:
-    """Raises TrainingError where a picture is on one side in one dataset and on another in the next.
+    """Raises TrainingError where a picture belongs to different splits in different datasets.
 
-    A name says the same picture in all datasets of a kind, but of tables only in equal ones. Within one dataset its
-    source sees to it.
+    The same name means the same picture in all datasets of one kind; for tables, only if the tables are equal. Within one
+    dataset, its source keeps the splits apart.
     """
     if len(datasets) == 1:
         return
@@ -86,11 +89,11 @@ def check_splits(datasets: Sequence[RelationDataset]) -> None:
         table = source.get("labels_sha256", "") if source["kind"] == "folder" else ""
         for split in SPLITS:
             for picture in dataset.pictures(split):
-                there, folder = known.setdefault((source["kind"], table, picture), (split, dataset.folder))
-                if there != split:
-                    raise TrainingError(f"Picture {picture!r} is for {there} in {folder} and for {split} in {dataset.folder}. "
-                                        "Build both with the same seed and with numbers per relation in the same proportion, or "
-                                        "train on one of them.")
+                known_split, folder = known.setdefault((source["kind"], table, picture), (split, dataset.folder))
+                if known_split != split:
+                    raise TrainingError(f"Picture {picture!r} is for {known_split} in {folder} and for {split} in "
+                                        f"{dataset.folder}. Build both with the same seed and with numbers per relation in the "
+                                        "same proportion, or train on one of them.")
 
 
 def read_split(datasets: Sequence[RelationDataset], split: str, timesteps: tuple[int, ...]) -> Data:

@@ -1,8 +1,8 @@
 """A dataset of attention maps on disk: built shard by shard, resumable, read back for training.
 
-A folder holds plan.json (what was asked for), shards/<split>-<number>.safetensors (shards.py), manifest.json (what is inside)
-and in_use.lock, which one process at a time holds. A shard's content is decided by its number alone and a file appears whole or
-not at all, so a run that was killed anywhere goes on to the same bytes.
+A folder holds plan.json (the request), shards/<split>-<number>.safetensors (shards.py), manifest.json (the content) and
+in_use.lock, which one process at a time holds. The content of a shard depends on its number alone, and a file is written whole
+or not at all. A run that was killed at any point therefore resumes to the same bytes.
 """
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ _NAMED = 5
 
 
 class MapMaker(Protocol):
-    """From pictures and captions to maps; `inversion.Inverter` is one."""
+    """Turns pictures and captions into maps; implemented by `inversion.Inverter`."""
 
     least_psnr: float
 
     def describe(self) -> dict:
-        """Everything that decides the maps, as JSON values; among them backbone, size, normalise, steps, timesteps."""
+        """Everything that determines the maps, as JSON values; includes backbone, size, normalise, steps and timesteps."""
 
     def invert(self, images: Tensor, captions: Sequence[Caption], seeds: Sequence[int]) -> Inverted:
-        """images: [B, H, W, 3] from 0 to 1."""
+        """Inverts pictures. images: [B, H, W, 3] from 0 to 1, with one caption and one seed each."""
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """Counts of candidates (pictures), and of samples kept and dropped so far."""
+    """Counts so far. done, total: candidates (pictures); samples: samples kept; dropped: samples and pictures left out."""
 
     done: int
     total: int
@@ -62,10 +62,11 @@ class BuildProgress:
 
 def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16, seed: int = 0,
                   on_progress: Callable[[BuildProgress], None] = lambda progress: None) -> dict:
-    """Builds the dataset, or goes on with one that was begun by the same settings, and returns its manifest.
+    """Builds the dataset, or resumes one begun with the same settings. Returns its manifest.
 
-    batch: pictures in a shard, which are inverted together. Raises TrainingError where the folder holds another
-    dataset, where another process builds in it, or where no picture gives a usable sample.
+    batch: number of pictures per shard; they are inverted together.
+    Raises TrainingError where the folder holds another dataset, where another process builds in it, or where no picture gives
+    a usable sample.
     """
     candidates = source.candidates()
     if not candidates and not (folder / "manifest.json").exists():
@@ -78,7 +79,7 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
         remove_partial_files(folder)
         remove_partial_files(folder / "shards")
         differences = _differences(folder / "plan.json", plan)
-        if differences == [PICTURES] and (folder / "manifest.json").exists():  # they may be deleted after
+        if differences == [PICTURES] and (folder / "manifest.json").exists():  # a finished dataset needs no pictures
             LOGGER.warning("%s is finished, from other pictures than are there now, and is used as it is. Delete it to build it "
                            "anew.", folder)
             return RelationDataset(folder).manifest
@@ -98,7 +99,7 @@ def build_dataset(folder: Path, source: Source, maker: MapMaker, batch: int = 16
 
 def _build_shards(folder: Path, candidates: Sequence[Candidate], source: Source, maker: MapMaker, batch: int, seed: int,
                   on_progress: Callable[[BuildProgress], None]) -> dict[str, Shard]:
-    """Makes the shards that are not there yet; all of them by name."""
+    """Makes the missing shards. Returns all shards by name."""
     listed = _listed_shards(folder)
     found: dict[str, Shard] = {}
     done = 0
@@ -116,8 +117,11 @@ def _build_shards(folder: Path, candidates: Sequence[Candidate], source: Source,
 
 
 def _usable_shard(path: Path, members: Sequence[Candidate], sha256: str | None) -> Shard | None:
-    """The shard that is there already; None where it must be made again: missing, damaged (by the disk: a kill leaves none),
-    of other pictures, or another one than the manifest lists."""
+    """The existing shard, or None if it must be made again.
+
+    A shard is made again if it is missing, damaged, made of other pictures, or not the one that the manifest lists. Damage comes
+    from the disk; a killed process leaves none.
+    """
     try:
         shard = read_shard(path) if path.exists() else None
     except FileFault as error:
@@ -129,7 +133,7 @@ def _usable_shard(path: Path, members: Sequence[Candidate], sha256: str | None) 
 
 
 def _listed_shards(folder: Path) -> dict[str, str]:
-    """Checksums by name, of the manifest that is there already; none of one that is damaged, which is written again."""
+    """Checksums by name from an existing manifest; empty if it is damaged, because it is then written again."""
     try:
         return {name: entry["sha256"] for name, entry in read_json(folder / "manifest.json")["shards"].items()}
     except (TrainingError, KeyError, TypeError, AttributeError):
@@ -137,13 +141,13 @@ def _listed_shards(folder: Path) -> dict[str, str]:
 
 
 def wrong_relation(seed: int, example: Example) -> str:
-    """The relation word of an example's wrong caption, drawn from the other three; always the same."""
+    """The relation in an example's wrong caption: one of the other three, drawn by the seed and the example alone."""
     others = [relation for relation in RELATIONS if relation != example.relation]
     return random.Random(f"{seed}:{example.picture}:{example.subject}:{example.object}").choice(others)
 
 
 def _jobs(candidates: Sequence[Candidate], batch: int) -> Iterator[tuple[str, list[Candidate]]]:
-    """Name and members of each shard; none has candidates of two splits."""
+    """Name and members of each shard. All members of a shard belong to one split."""
     for split in SPLITS:
         members = [candidate for candidate in candidates if candidate.split == split]
         for number, first in enumerate(range(0, len(members), batch)):
@@ -193,13 +197,13 @@ def _digest(candidates: Sequence[Candidate]) -> str:
 
 
 def _differences(path: Path, plan: dict) -> list[str]:
-    """Names of what is otherwise in the plan that is there, which may be none."""
+    """Names of the entries in which an existing plan differs from `plan`; none if there is no plan yet."""
     if not path.exists():
         return []
-    there, wanted = read_json(path), json.loads(json.dumps(plan))
-    if not isinstance(there, dict):
+    existing, wanted = read_json(path), json.loads(json.dumps(plan))
+    if not isinstance(existing, dict):
         return list(wanted)
-    return [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
+    return [name for name in {**wanted, **existing} if existing.get(name) != wanted.get(name)]
 
 
 def _manifest(plan: dict, shards: dict[str, Shard]) -> dict:
@@ -238,10 +242,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 class RelationDataset:
-    """A finished dataset; maps stay on the disk until they are asked for (safetensors maps files into memory)."""
+    """A finished dataset. Maps are read from the disk on demand (safetensors maps files into memory)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises TrainingError for a folder without a finished dataset, or with a manifest that is damaged."""
+        """Raises TrainingError for a folder without a finished dataset, or with a damaged manifest."""
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
@@ -256,12 +260,12 @@ class RelationDataset:
 
     @property
     def sha256(self) -> str:
-        """Of the manifest, without the entries that older ones lack: a dataset keeps it when they are added."""
+        """SHA-256 of the manifest without the entries in ADDED, so that it stays the same when those are added."""
         known = {name: value for name, value in self.manifest.items() if name not in ADDED}
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def read(self, split: str) -> tuple[list[Sample], list[Tensor]]:
-        """Samples of a split and, in step, their maps: [steps, 2, channels, size, size] fp16 each."""
+        """Samples of a split and, in the same order, their maps: [steps, 2, channels, size, size] fp16 each."""
         size = self.manifest["maps"]["size"]
         samples, maps = [], []
         for path, shard in self._shards(split):
@@ -272,20 +276,20 @@ class RelationDataset:
         return samples, maps
 
     def pictures(self, split: str) -> set[str]:
-        """Names of the pictures that a split has samples of."""
+        """Names of all pictures with samples in a split."""
         return {sample.picture for _, shard in self._shards(split) for sample in shard.samples}
 
     def _shards(self, split: str) -> Iterator[tuple[Path, Shard]]:
-        """All shards of a split, held against the manifest."""
+        """All shards of a split. Raises TrainingError where they differ from the manifest."""
         folder, listed = self.folder / "shards", self.manifest.get("shards")
-        there = {path.name for path in folder.glob(f"{split}-*.safetensors")}
-        names = there if listed is None else {name for name in listed if name.startswith(f"{split}-")}
-        if foreign := there - names:
+        existing = {path.name for path in folder.glob(f"{split}-*.safetensors")}
+        names = existing if listed is None else {name for name in listed if name.startswith(f"{split}-")}
+        if foreign := existing - names:
             raise TrainingError(f"{folder / min(foreign)} does not belong to the dataset: its manifest does not list it. "
                                 "Take it away.")
         samples = 0
         for name in sorted(names):
-            with faults_of(folder / name, f"Delete it. {_AGAIN}" if name in there else _AGAIN):
+            with faults_of(folder / name, f"Delete it. {_AGAIN}" if name in existing else _AGAIN):
                 shard = read_shard(folder / name)
                 if listed is not None and listed[name]["sha256"] != shard.sha256:
                     raise FileFault("the file is another one than the manifest lists")
@@ -300,7 +304,7 @@ _AGAIN = "Go on with the command that built the dataset: it makes what is missin
 
 
 def _check_manifest(manifest: dict) -> tuple[int, tuple[int, ...]]:
-    """Channels and timesteps. Raises FileFault naming the entry at fault."""
+    """Channels and timesteps of a checked manifest. Raises FileFault naming the invalid entry."""
     entries = Entries(manifest)
     maps = entries.group("maps")
     maps.text("backbone", BACKBONES)

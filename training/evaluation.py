@@ -1,4 +1,4 @@
-"""How right a relation network is, on true-caption and wrong-caption maps, per step and relation: numbers, charts."""
+"""Accuracy of a relation network on maps of true and wrong captions, per step and relation, as numbers and charts."""
 from __future__ import annotations
 
 import io
@@ -22,11 +22,13 @@ CAPTIONS = ("true caption", "wrong caption")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies are fractions from 0 to 1.
+    """The result of an evaluation. Accuracies are fractions from 0 to 1.
 
-    accuracy, loss: over all items; by_caption: accuracy on maps of true and of wrong captions; said_caption: of the
-    wrong-caption items, how many were given the caption's word (leakage), or None; by_step: per kind of caption,
-    accuracy by step index; confusion: [truth, answer] counts.
+    accuracy, loss: over all items; the loss is the mean cross-entropy.
+    by_caption: accuracy by kind of caption (CAPTIONS).
+    said_caption: share of wrong-caption items answered with the caption's relation (leakage); None without such items.
+    by_step: kind of caption -> step index -> accuracy.
+    confusion: counts, [truth, answer].
     """
 
     items: int
@@ -53,11 +55,11 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(classify: Callable[[Tensor, Tensor, Tensor], Tensor], data: Data, items: Sequence[Item],
              device: torch.device) -> Evaluation:
-    """On `items` of `data`. classify: subject maps, object maps, step indices -> logits over RELATIONS."""
+    """Evaluates `classify` on `items` of `data`. classify: subject maps, object maps, step indices -> logits over RELATIONS."""
     losses, answers = [], []
     for first in range(0, len(items), BATCH):
-        subject, other, steps, truth = data.batch(items[first:first + BATCH], device)
-        logits = classify(subject, other, steps)
+        subject_maps, object_maps, steps, truth = data.batch(items[first:first + BATCH], device)
+        logits = classify(subject_maps, object_maps, steps)
         losses.append(F.cross_entropy(logits, truth, reduction="none").cpu())
         answers.append(logits.argmax(-1).cpu())
     answer, loss = torch.cat(answers), float(torch.cat(losses).double().mean())
@@ -83,7 +85,7 @@ def _mean(right: Tensor) -> float:
 
 def save_charts(folder: Path, history: Sequence[EpochResult], best_epoch: int,
                 results: Mapping[str, Evaluation]) -> None:
-    """loss.png, accuracy.png over the epochs; confusion.png and per_step.png of each result."""
+    """Writes loss.png and accuracy.png over the epochs, and confusion.png and per_step.png for each result."""
     _save(loss_chart(history, best_epoch), folder / "loss.png")
     accuracy = [(epoch, result.validation_accuracy) for epoch, result in enumerate(history, 1)]
     chart = curve_chart({"validation": accuracy}, "Accuracy", "epoch", "accuracy", y_range=(0, 1))
@@ -97,7 +99,7 @@ def save_charts(folder: Path, history: Sequence[EpochResult], best_epoch: int,
 
 
 def _save(chart: Tensor, path: Path) -> None:
-    """As a PNG, whole or not at all."""
+    """Writes a PNG file whole or not at all."""
     content = io.BytesIO()
     to_pillow(chart).save(content, format="PNG")
     replace_file(path, content.getvalue())
@@ -111,5 +113,5 @@ def loss_chart(history: Sequence[EpochResult], best_epoch: int) -> Tensor:
 
 
 def confusion_chart(name: str, result: Evaluation) -> Tensor:
-    """Truth (rows) against answers (columns), [H, W, 3]."""
+    """Confusion matrix as a picture [H, W, 3]: truth in rows, answers in columns."""
     return matrix_chart(result.confusion, RELATIONS, RELATIONS, f"Truth (rows) and answer ({name})")

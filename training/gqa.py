@@ -23,16 +23,16 @@ LICENCE = "annotations: GQA, CC BY 4.0; pictures: Visual Genome, each under its 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LARGEST_WORD_LIST = 2 ** 19
 MOST_BROADER = 500
-"""Broader kinds of one word, also through a chain."""
+"""Limit on the broader kinds of one word, counted through chains."""
 Broader = Callable[[str], frozenset[str]]
 
 
 def read_gqa(scene_graphs: Path, pictures: Path, size: int, quota: Quota, is_a: Path | None = None
              ) -> tuple[LabelledPictures, Counter[str]]:
-    """The usable relations of a scene graph file, and how many were left out for which reason.
+    """The usable relations of a scene graph file, and the number left out by reason.
 
-    is_a: word list, one "kind, broader kind" per line ("dog, animal"). Raises TrainingError for files of another form; it does
-    not quote them, since they may be anybody's.
+    is_a: word list, one "kind, broader kind" per line ("dog, animal").
+    Raises TrainingError for a file of another form. The message does not quote the file, which may hold private data.
     """
     broader = read_word_list(is_a) if is_a is not None else lambda word: frozenset()
     skipped: Counter[str] = Counter()
@@ -92,37 +92,37 @@ def _labels(image: str, graph: Entries, broader: Broader, skipped: Counter[str])
     pairs = _pairs(objects)
     held = {pair: relations | {OPPOSITE[name] for name in pairs.get(pair[::-1], ())} for pair, relations in pairs.items()}
     for pair, relations in held.items():
-        subject, other = (names[key] for key in pair)
+        subject, target = (names[key] for key in pair)
         reason = ("several relations between the same two" if len(relations) > 1 else
-                  "subject and object share their words" if overlapping(subject, other) else
-                  _doubt(subject, counts, related) or _doubt(other, counts, related))
+                  "subject and object share their words" if overlapping(subject, target) else
+                  _ambiguity(subject, counts, related) or _ambiguity(target, counts, related))
         if reason is not None:
             skipped[reason] += 1
             continue
         boxes = _box(objects[pair[0]]), _box(objects[pair[1]])
-        yield Label(image, subject, next(iter(relations)), other, boxes=boxes)
+        yield Label(image, subject, next(iter(relations)), target, boxes=boxes)
 
 
-def _doubt(name: str, counts: Counter[str], related: set[str]) -> str | None:
-    """Why it is not clear which object in the picture is meant."""
+def _ambiguity(name: str, counts: Counter[str], related: set[str]) -> str | None:
+    """Why the name may mean several objects in the picture, or None."""
     if counts[name] > 1:
         return "object more than once in the picture"
     return "another object is a kind of it" if name in related else None
 
 
 def _pairs(objects: Mapping[str, Entries]) -> dict[tuple[str, str], set[str]]:
-    """Which of the four relations the graph states of each pair of object ids."""
+    """The relations, out of the four, that the graph states for each pair of object ids."""
     pairs = defaultdict(set)
     for key, value in objects.items():
         for item in value.items("relations"):
             relation = Entries.of(item, "a relation")
-            words, other = relation.text("name"), relation.text("object")
+            words, target = relation.text("name"), relation.text("object")
             try:
                 names = parse_predicate(words)
             except RelationError:
                 continue  # "wearing", "holding": not spatial
-            if other in objects and other != key:
-                pairs[key, other].update(name for name in names if name in RELATIONS)
+            if target in objects and target != key:
+                pairs[key, target].update(name for name in names if name in RELATIONS)
     return dict(pairs)
 
 

@@ -1,7 +1,7 @@
-"""From a picture and a caption to attention maps: invert the picture to noise, denoise it back, record on the way.
+"""Turns a picture and a caption into attention maps: inverts the picture to noise, denoises it again, and records the maps.
 
-UNets: fixed-point DDIM inversion. Flow models: rectified-flow inversion (docs/method.md, "Training data"). Both run as a SAMPLER
-of the host under its own CFGGuider with guidance 1, so loading, conditioning, hooks and LoRAs are the host's.
+UNets use fixed-point DDIM inversion, flow models rectified-flow inversion (docs/method.md, "Training data"). Both run as a
+SAMPLER under the host's CFGGuider with guidance 1, so the host handles loading, conditioning, hooks and LoRAs.
 """
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How pictures are inverted and what is recorded.
+    """Settings of inversion and recording.
 
-    steps, scheduler: the host's schedule; timesteps: step indices at which maps are recorded; iterations: of the fixed
-    point, per step; gamma, eta: how far the rectified-flow inversion is drawn to the noise, and its way back to the
-    picture (0 to 1); guidance: of guidance-distilled FLUX; least_psnr: dB, below it a sample is dropped; size,
-    normalise: as in `MapLayout`. Not "resized", so that a classifier is asked as it was trained at every size of pictures.
+    steps, scheduler: the host's schedule.
+    timesteps: step indices at which maps are recorded.
+    iterations: fixed-point iterations per step (UNets).
+    gamma: 0 to 1, pull of the rectified-flow inversion towards the noise; eta: pull of its reconstruction to the picture.
+    guidance: guidance of guidance-distilled FLUX models.
+    least_psnr: in dB; a sample with a worse reconstruction is dropped.
+    size, normalise: as in `MapLayout`. normalise is not "resized", so that maps are alike for every size of pictures.
+    Raises TrainingError for values out of range.
     """
 
     steps: int = 50
@@ -58,7 +62,7 @@ class InversionSettings:
 
     @staticmethod
     def for_backbone(backbone: str, steps: int = 50, **changes) -> InversionSettings:
-        """The paper's settings for "unet" or "mmdit"; at another number of steps the same places of the schedule."""
+        """The paper's settings for "unet" or "mmdit". For another number of steps, timesteps scale with it."""
         timesteps = PAPER_TIMESTEPS.get(steps) or tuple(sorted({
             min(steps - 1, round(step * steps / 50)) for step in PAPER_TIMESTEPS[50]}))
         family = {"scheduler": "simple", "least_psnr": 20.0} if backbone == "mmdit" else {}
@@ -66,9 +70,9 @@ class InversionSettings:
 
 
 class Inverter:
-    """Turns pictures and captions into maps, through a MODEL, CLIP and VAE of the host.
+    """Turns pictures and captions into maps with a MODEL, CLIP and VAE of the host.
 
-    check: called between evaluations of the model; raises where the user interrupts.
+    check: called between evaluations of the model; raises if the user interrupts.
     """
 
     def __init__(self, model, clip, vae, settings: InversionSettings, check: Callable[[], None] = lambda: None) -> None:
@@ -80,16 +84,18 @@ class Inverter:
         return self.settings.least_psnr
 
     def describe(self) -> dict:
-        """Everything that decides the maps, as JSON values."""
+        """Everything that determines the maps, as JSON values."""
         settings = asdict(self.settings)
         return {"backbone": self.backbone.name, "model": fingerprint(self.model, self.clip, self.vae),
                 **settings, "timesteps": list(settings["timesteps"])}
 
     def invert(self, images: Tensor, captions: Sequence[Caption], seeds: Sequence[int]) -> Inverted:
-        """images: [B, H, W, 3] from 0 to 1; one caption and one seed (of the rectified flow's noise) per picture.
+        """Inverts a batch of pictures.
 
-        Captions whose words the text encoder does not keep come back as `unread`. Raises TokenError where the text encoder
-        is not the model's, TrainingError for pictures of a size that does not fit the VAE.
+        images: [B, H, W, 3] from 0 to 1; captions, seeds: one per picture. The seed is that of the rectified flow's noise.
+        A caption whose words the text encoder does not keep is marked in `unread`.
+        Raises TokenError where the text encoder is not the model's, and TrainingError for pictures of a size that does not
+        fit the VAE.
         """
         unit = self.vae.spacial_compression_encode()
         if images.shape[1] % unit or images.shape[2] % unit:
@@ -113,23 +119,22 @@ class Inverter:
             return Inverted(torch.stack(sampler.maps, 1).half().clone(), psnr(pictures, images).clone(), unread)
 
     def _encode(self, captions: Sequence[Caption]) -> tuple[list, Tensor, tuple[bool, ...]]:
-        """One conditioning for the whole batch, each word's share of the text tokens, [B, 2, tokens], and which captions'
-        words are not among them."""
+        """One conditioning for the whole batch, token weights of both words [B, 2, tokens], and `unread` per caption."""
         encoded, weights, unread = [], [], []
         for caption in captions:
             tokens, details = encode_prompt(self.clip, caption.text)[0]
             encoded.append((tokens, details))
             words = details[CONDITIONING_KEY]
-            words.columns((), self.backbone.streams, tokens.shape[1])  # another model's text encoder is no caption's fault
+            words.columns((), self.backbone.streams, tokens.shape[1])  # raises for another model's text encoder
             try:
                 weights.append(words.columns((caption.subject, caption.object), self.backbone.streams, tokens.shape[1]).weights)
                 unread.append(False)
             except TokenError:
-                weights.append(torch.eye(tokens.shape[1])[:1].expand(len(WORDS), -1))  # any token: the maps are not kept
+                weights.append(torch.eye(tokens.shape[1])[:1].expand(len(WORDS), -1))  # any token; its maps are dropped
                 unread.append(True)
         if len({tokens.shape for tokens, _ in encoded}) > 1:
             raise TrainingError("The captions of one batch have different lengths in tokens. Use a batch of 1.")
-        details = {key: torch.cat([other[key] for _, other in encoded]) if isinstance(value, Tensor) else value
+        details = {key: torch.cat([extra[key] for _, extra in encoded]) if isinstance(value, Tensor) else value
                    for key, value in encoded[0][1].items() if key != CONDITIONING_KEY}
         if self.backbone.name == "mmdit":
             details["guidance"] = self.settings.guidance
@@ -137,9 +142,9 @@ class Inverter:
 
 
 class InversionSampler(comfy.samplers.Sampler):
-    """A SAMPLER of the host that takes the latent image to noise and back, and keeps the maps of the way back.
+    """A host SAMPLER that inverts the latent image to noise, denoises it again, and keeps the maps of the denoising.
 
-    weights: [B, 2, tokens], see `Inverter`; maps: per recorded step [B, 2, channels, size, size].
+    weights: [B, 2, tokens], each word's weights over the text tokens; maps: per recorded step [B, 2, channels, size, size].
     """
 
     def __init__(self, settings: InversionSettings, backbone, weights: Tensor, check: Callable[[], None]) -> None:
@@ -148,7 +153,7 @@ class InversionSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False) -> Tensor:
-        """The host's signature; returns the reconstructed latent."""
+        """Called with the host's signature. Returns the reconstructed latent."""
         base, settings = model_wrap.inner_model, self.settings
         columns = self.weights.sum((0, 1)).nonzero().flatten().tolist()
         recorder = self._recorder(model_wrap.conds["positive"], columns)
@@ -173,7 +178,7 @@ class InversionSampler(comfy.samplers.Sampler):
         eta = settings.eta if is_flow else 0.0
         for step, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
             record = step in settings.timesteps
-            # Where the way back is prescribed, the model is asked only for its maps.
+            # With eta 1 the path is fixed, and the model is evaluated for its maps alone.
             denoised = denoise(x, sigma, record) if record or eta < 1 else latent_image
             if record:
                 self.maps.append(self._stack(recorder.take(), columns))
@@ -182,13 +187,13 @@ class InversionSampler(comfy.samplers.Sampler):
         return x
 
     def _recorder(self, positive: Sequence[dict], columns: Sequence[int]) -> MapRecorder:
-        """Records each token that is part of any word in the batch: the words of a batch lie in different places."""
+        """A recorder for every token that belongs to some word of the batch; captions have their words at different positions."""
         one_hot = torch.eye(self.weights.shape[2])[columns]
         tokens = WordColumns(tuple(map(str, columns)), one_hot)
         return MapRecorder({conditioning["uuid"]: tokens for conditioning in positive}, active=False)
 
     def _stack(self, tokens: AttentionMaps, columns: Sequence[int]) -> Tensor:
-        """The two words' maps out of the tokens': [B, 2, channels, size, size]."""
+        """Combines the tokens' maps to the maps of the two words: [B, 2, channels, size, size]."""
         if not tokens.layers:
             raise TrainingError("No cross-attention was recorded. Another pack replaced the model's blocks: take it "
                                 "out of the model's line.")
@@ -202,8 +207,8 @@ class InversionSampler(comfy.samplers.Sampler):
 def invert_fixed_point(denoise: Denoise, x: Tensor, sigmas: Sequence[float], iterations: int) -> Tensor:
     """DDIM inversion: the latent at sigmas[-1] from which DDIM's (Euler's) steps lead to `x` at sigmas[0].
 
-    x: in the host's convention, x0 + sigma·noise; sigmas ascending, the first 0. The noise of a step is taken at the
-    latent that is looked for, found by `iterations` of a fixed point that begins with the same model input.
+    x: in the host's convention, x0 + sigma*noise; sigmas: ascending, the first is 0. The noise of a step is
+    evaluated at the unknown latent, which is found by `iterations` fixed-point iterations. They start from the same model input.
     """
     for low, high in zip(sigmas[:-1], sigmas[1:], strict=True):
         found = x * ((high**2 + 1) / (low**2 + 1)) ** 0.5
@@ -214,13 +219,13 @@ def invert_fixed_point(denoise: Denoise, x: Tensor, sigmas: Sequence[float], ite
 
 
 def invert_rectified_flow(denoise: Denoise, x: Tensor, noise: Tensor, sigmas: Sequence[float], gamma: float) -> Tensor:
-    """Rectified-flow inversion: along the model's own field, drawn to `noise` by `gamma` (1: a straight line to it).
+    """Rectified-flow inversion: follows the model's velocity field, pulled towards `noise` by `gamma` (1: a straight line).
 
-    x = (1 - sigma)·x0 + sigma·noise, sigmas ascending, the first 0.
+    x = (1 - sigma)*x0 + sigma*noise; sigmas: ascending, the first is 0.
     """
     for low, high in zip(sigmas[:-1], sigmas[1:], strict=True):
         velocity = (noise - x) / (1 - low)
-        if gamma < 1:  # otherwise the model's answer has no weight
+        if gamma < 1:  # with gamma 1 the model's velocity has no weight
             level = low or high
             velocity = torch.lerp((x - denoise(x, level)) / level, velocity, gamma)
         x = x + velocity * (high - low)
@@ -234,14 +239,16 @@ def psnr(pictures: Tensor, originals: Tensor) -> Tensor:
 
 
 def fingerprint(model, clip, vae) -> str:
-    """A cheap mark of weights, patches (a LoRA, its strength) and noise schedule, to notice that a run goes on with
-    another model."""
+    """A cheap hash of weights, patches (a LoRA and its strength) and noise schedule.
+
+    A resumed run compares it to detect another model.
+    """
     digest = hashlib.sha256()
     for patcher in (model, clip.patcher, vae.patcher):
         for name, weight in sorted(patcher.model.state_dict().items()):
-            if name.startswith("model_sampling."):  # a clone's while that is loaded
+            if name.startswith("model_sampling."):  # belongs to whichever clone is loaded
                 continue
-            if name in patcher.backup:  # a patch, this patcher's or a clone's, is in the weights at the moment
+            if name in patcher.backup:  # the weight is currently patched, by this patcher or a clone
                 weight = patcher.backup[name].weight
             digest.update(repr((name, tuple(weight.shape), _mark(weight))).encode())
         digest.update(repr(sorted((name, _mark(patches)) for name, patches in patcher.patches.items())).encode())
@@ -251,7 +258,7 @@ def fingerprint(model, clip, vae) -> str:
 
 
 def _mark(value: object) -> object:
-    """What is alike for equal tensors, and for equal patches of the host: its tuples and adapters of tensors."""
+    """A value that is equal for equal tensors and for equal patches of the host (tuples and adapters of tensors)."""
     if isinstance(value, Tensor):
         return value.flatten()[:16].float().tolist()
     if isinstance(value, (list, tuple)):

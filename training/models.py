@@ -1,4 +1,4 @@
-"""MODEL, CLIP and VAE for the command line, through the host's own loaders."""
+"""Loads MODEL, CLIP and VAE for the command line with the host's loaders."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ SMALL_WORLD = "small-world"
 
 
 def load_models(model: str, clip: Sequence[Path] | None, clip_type: str, vae: Path | None) -> tuple:
-    """MODEL, CLIP, VAE.
+    """Loads (MODEL, CLIP, VAE).
 
-    model: "small-world" (":flux": the small FLUX; ":FILE": other weights of either), a checkpoint file with everything
-    inside, or with `clip` and `vae` a diffusion model file. Raises TrainingError where files are missing.
+    model: "small-world" (the small UNet), "small-world:flux", "small-world:FILE" (other weights of either), a checkpoint file
+        with all three inside, or a diffusion model file, which needs `clip` and `vae`.
+    Raises TrainingError where files are missing.
     """
     name, _, which = model.partition(":")
     if name == SMALL_WORLD and (not which or which in LOADERS):

@@ -1,7 +1,7 @@
-"""The files of a dataset: the maps of a few pictures each, and as metadata what each row is and what was dropped.
+"""Shards: the files of a dataset. Each holds the maps of a few pictures; its metadata describes the rows and the drops.
 
-The metadata holds a checksum of the maps, and the manifest one of the metadata: so a shard that was swapped is noticed without
-reading its maps, and one that was altered when they are read. Older datasets have no checksums.
+The metadata holds a checksum of the maps, and the manifest a checksum of the metadata. A swapped shard is detected without
+reading its maps; altered maps are detected when they are read. Older datasets have no checksums.
 """
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ METADATA_KEY = "relation_maps"
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of a shard: the maps of one picture under one caption. relation: the truth; caption_relation: the word in
-    the caption; psnr: of the reconstruction, dB."""
+    """A row of a shard: the maps of one picture under one caption.
+
+    relation: the true relation; caption_relation: the relation in the caption; psnr: of the reconstruction, in dB.
+    """
 
     picture: str
     subject: str
@@ -43,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard holds, without its maps. maps_sha256: of their bytes; None in older datasets."""
+    """The description of a shard, without its maps. maps_sha256: checksum of the maps' bytes; None in older datasets."""
 
     candidates: int
     samples: tuple[Sample, ...]
@@ -53,7 +55,7 @@ class Shard:
 
     @property
     def sha256(self) -> str:
-        """Of everything here, and so of the maps too."""
+        """Checksum of the description. It covers the maps through maps_sha256."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -62,19 +64,19 @@ class Shard:
 
 
 def shard_bytes(maps: Tensor, shard: Shard) -> tuple[bytes, Shard]:
-    """The file of a shard, and the shard with the checksum of its maps."""
+    """The content of a shard's file, and the shard with the checksum of its maps."""
     maps = maps.contiguous()
     shard = replace(shard, maps_sha256=_sha256(maps))
     return save({"maps": maps}, {METADATA_KEY: json.dumps(asdict(shard), allow_nan=False)}), shard
 
 
 def read_shard(path: Path) -> Shard:
-    """Without its maps. Raises FileFault for a file that is missing or damaged."""
+    """Reads a shard without its maps. Raises FileFault for a file that is missing or damaged."""
     check_header(path, LARGEST_DOCUMENT)
     try:
         with safe_open(path, framework="pt") as file:
             text, shape = (file.metadata() or {}).get(METADATA_KEY), file.get_slice("maps").get_shape()
-    except Exception as error:  # whatever the library raises on damaged bytes: there is no closed list
+    except Exception as error:  # safetensors documents no list of what it raises on damaged bytes
         raise FileFault("the file is damaged") from error
     if text is None:
         raise FileFault("the file holds no maps of a dataset")
@@ -87,7 +89,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_maps(path: Path, shard: Shard, shape: tuple[int, ...]) -> Tensor:
-    """The maps of a shard with samples, [samples, *shape] fp16. Raises FileFault for maps of another shape, or altered ones."""
+    """The maps of a shard with samples, [samples, *shape] fp16. Raises FileFault for altered maps or another shape."""
     with safe_open(path, framework="pt") as file:
         maps = file.get_tensor("maps")
     if tuple(maps.shape) != (len(shard.samples), *shape) or maps.dtype != torch.float16:

@@ -1,4 +1,4 @@
-"""Labelled pictures: what a source is, its splits, and folders of pictures with a table."""
+"""Sources of labelled pictures: the interface, the splits, and folders of pictures with a table."""
 from __future__ import annotations
 
 import csv
@@ -34,9 +34,9 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture that may become two samples.
+    """A picture that may become two samples, one per caption.
 
-    picture: its name, which alone decides the split; number: the source's own number of the candidate.
+    picture: its name, which alone decides the split; number: the source's number of the candidate.
     """
 
     picture: str
@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled picture. image: [size, size, 3] from 0 to 1; `relation`, one of four, holds of subject and object."""
+    """A labelled picture. image: [size, size, 3] from 0 to 1; relation: the one of the four that holds."""
 
     picture: str
     image: Tensor
@@ -57,33 +57,34 @@ class Example:
 
 @dataclass(frozen=True)
 class Drop:
-    """A candidate, or one caption of it, that is left out, and why (a short phrase to count by)."""
+    """A candidate, or one of its captions, that is left out. reason: a short phrase, used to count drops."""
 
     picture: str
     reason: str
 
 
 class Source(Protocol):
-    """Where pictures come from. licence: the pictures' terms in words, for the manifest."""
+    """A source of labelled pictures. licence: the pictures' licence in words, for the manifest."""
 
     licence: str
 
     def describe(self) -> dict:
-        """Everything that decides what comes out, as JSON values; a resumed run must have the same."""
+        """Everything that determines the examples, as JSON values. A resumed run must match it."""
 
     def candidates(self) -> list[Candidate]:
-        """All candidates; the same list whenever it is asked for."""
+        """All candidates; every call returns the same list."""
 
     def open(self, candidates: Sequence[Candidate]) -> list[Example | Drop]:
-        """One result per candidate, decided by the candidate alone."""
+        """One result per candidate. It depends on that candidate alone."""
 
 
 @dataclass(frozen=True)
 class Quota:
-    """How many examples of each relation a split takes at most (None: all), and how pictures are shared out.
+    """Size of the splits, and the assignment of pictures to them.
 
-    shares: fractions of the pictures for training, validation and test. The paper's numbers per relation are 800, 200,
-    100 for Stable Diffusion and 2000, 400, 200 for FLUX from GQA.
+    per_relation: split -> most examples of each relation, None for all. The paper uses 800, 200, 100 for Stable Diffusion, and
+        2000, 400, 200 for FLUX, from GQA.
+    shares: fractions of the pictures for training, validation and test.
     """
 
     per_relation: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
@@ -91,23 +92,25 @@ class Quota:
     seed: int = 0
 
     def split_of(self, picture: str) -> str:
-        """The same split for a picture always, whatever else is in the set."""
+        """The split of a picture. It depends on the picture's name and the seed alone."""
         digest = hashlib.sha256(f"{self.seed}:{picture}".encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64 * sum(self.shares)
         if place < self.shares[0]:
             return SPLITS[0]
         return SPLITS[1] if place < self.shares[0] + self.shares[1] else SPLITS[2]
 
-    def choose(self, labels: Sequence[Label], there: Container[str]) -> list[Candidate]:
-        """Candidates out of the labels whose picture is `there`, in an order and choice fixed by the seed; number: index of
-        the label."""
+    def choose(self, labels: Sequence[Label], available: Container[str]) -> list[Candidate]:
+        """Candidates for labels whose picture is in `available`. The seed fixes choice and order.
+
+        A candidate's number is the index of its label.
+        """
         order = list(range(len(labels)))
         random.Random(f"{self.seed}:order").shuffle(order)
         taken = dict.fromkeys(((split, relation) for split in SPLITS for relation in RELATIONS), 0)
         chosen = []
         for number in order:
             label = labels[number]
-            if label.picture not in there:
+            if label.picture not in available:
                 continue
             split = label.split or self.split_of(label.picture)
             limit = self.per_relation.get(split)
@@ -119,7 +122,7 @@ class Quota:
 
 @dataclass(frozen=True)
 class Label:
-    """A row of a table: a picture and what it shows. boxes: of subject and object in pixels, where known."""
+    """A row of a table: a picture and its relation. boxes: of subject and object, in pixels, or None."""
 
     picture: str
     subject: str
@@ -132,7 +135,7 @@ class Label:
 class LabelledPictures:
     """Picture files with labels.
 
-    paths: file by picture name; size: side in pixels of the squares that come out.
+    paths: file by picture name; size: side of the square examples, in pixels.
     """
 
     def __init__(self, labels: Sequence[Label], paths: Mapping[str, Path], size: int, quota: Quota, kind: str,
@@ -163,7 +166,7 @@ class LabelledPictures:
         try:
             with Image.open(self.paths[label.picture]) as file:
                 image = ImageOps.exif_transpose(file).convert("RGB")
-        except Exception:  # whatever Pillow's readers of each format raise on damaged bytes: there is no closed list
+        except Exception:  # Pillow's readers document no list of what they raise on damaged bytes
             return Drop(label.picture, UNREADABLE)
         square = square_around(image.size, label.boxes)
         if square is None:
@@ -172,16 +175,16 @@ class LabelledPictures:
         return Example(label.picture, torch.from_numpy(pixels), label.subject, label.relation, label.object)
 
 
-def overlapping(subject: str, object: str) -> bool:
-    """Whether one name's words are among the other's ("bear", "teddy bear"): their tokens cannot be told apart."""
-    a, b = f" {subject.lower()} ", f" {object.lower()} "
+def overlapping(first: str, second: str) -> bool:
+    """Whether one name contains the other ("bear", "teddy bear"), so that their tokens cannot be told apart."""
+    a, b = f" {first.lower()} ", f" {second.lower()} "
     return a in b or b in a
 
 
 def square_around(size: tuple[int, int], boxes: tuple[Box, Box] | None) -> tuple[int, int, int, int] | None:
-    """The square (left, top, right, bottom) of a picture (width, height), as near its middle as holds both boxes.
+    """The largest square of a picture that holds both boxes, as near to the middle as possible; None if they do not fit.
 
-    None where both do not fit. Without boxes the middle square.
+    size: (width, height) of the picture. Returns (left, top, right, bottom) in pixels. Without boxes, the middle square.
     """
     side = min(size)
     corner = [(length - side) // 2 for length in size]
@@ -196,10 +199,10 @@ def square_around(size: tuple[int, int], boxes: tuple[Box, Box] | None) -> tuple
 
 
 def read_folder(folder: Path, table: Path, size: int, quota: Quota, licence: str) -> LabelledPictures:
-    """A folder of pictures and a CSV or JSON table with the columns file, subject, relation, object and maybe split.
+    """Reads a folder of pictures with a CSV or JSON table. Columns: file, subject, relation, object and, optionally, split.
 
-    file: relative to the folder. A row that is there twice counts once; a pair of which several relations hold is left
-    out. Raises TrainingError naming the row at fault.
+    file: relative to the folder. A repeated row counts once. A pair of objects with several relations is left out.
+    Raises TrainingError naming the invalid row.
     """
     root = folder.resolve()
     labels: dict[Label, None] = {}
@@ -235,13 +238,13 @@ def _read_row(row: Mapping, place: str, root: Path) -> tuple[Label, Path | None]
         raise TrainingError(f"{place}: {shown(values['file'])} lies outside the folder {root}.")
     if numbered := next((words for words in (values["subject"], values["object"]) if "#" in words), None):
         raise TrainingError(f"{place}: {shown(numbered)} cannot be found in a caption. Name the object in words alone.")
-    picture = path.relative_to(root).as_posix()  # one name for a file, however the table writes it
+    picture = path.relative_to(root).as_posix()  # one name per file, however the table spells it
     return Label(picture, values["subject"], _one_relation(values["relation"], place), values["object"],
                  values["split"] or None), path if there else None
 
 
 def _single(labels: Iterable[Label], table: Path) -> list[Label]:
-    """Without the pairs of which several relations are stated, either way round: they have no single truth."""
+    """The labels without pairs of objects for which several relations are stated, in either order."""
     stated = defaultdict(set)
     for label in labels:
         turned = label.subject.lower() > label.object.lower()
@@ -257,7 +260,7 @@ def _pair(label: Label) -> tuple[str, ...]:
 
 
 def _read_table(table: Path) -> Iterator[tuple[int, Mapping]]:
-    """Rows with their numbers: of a CSV file's lines, of a JSON list from 1."""
+    """Rows with their numbers: line numbers for CSV, positions from 1 for JSON."""
     if table.suffix.lower() == ".json":
         with faults_of(table, "The table must be a list of objects with file, subject, relation, object."):
             yield from iterate_json(table, list)
@@ -271,7 +274,7 @@ def _read_table(table: Path) -> Iterator[tuple[int, Mapping]]:
         raise TrainingError(f"{table}: the first line must name the columns {', '.join(COLUMNS)} (and split, if you like), with "
                             "commas, semicolons or tabs between them.")
     try:
-        lines = (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))  # a list would take many times the text
+        lines = (match[0] for match in re.finditer(r"[^\n]*\n|[^\n]+", text))  # lazily, to save memory
         rows = csv.DictReader(lines, delimiter=separator, skipinitialspace=True)
         rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         yield from enumerate(rows, 2)

@@ -1,4 +1,4 @@
-"""The error of training, and reading files with it."""
+"""TrainingError, and file access that raises it."""
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +16,7 @@ class TrainingError(ValueError):
 
 @contextlib.contextmanager
 def faults_of(place: object, advice: str = "") -> Iterator[None]:
-    """A FileFault inside becomes a TrainingError that names `place` and ends with `advice`."""
+    """Turns a FileFault inside the context into a TrainingError that names `place` and ends with `advice`."""
     try:
         yield
     except FileFault as error:
@@ -24,14 +24,14 @@ def faults_of(place: object, advice: str = "") -> Iterator[None]:
 
 
 def read_json(path: Path) -> object:
-    """Raises TrainingError naming a file that is missing or no JSON."""
+    """Reads a JSON file. Raises TrainingError naming a file that is missing or not JSON."""
     with faults_of(path):
         return reading.read_json(path)
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Raises TrainingError where another process builds or trains in the folder."""
+    """Holds the folder's lock. Raises TrainingError where another process builds or trains in the folder."""
     with contextlib.ExitStack() as stack:
         with faults_of(folder, "Wait until it has ended, or choose another folder."):
             stack.enter_context(locked(folder))

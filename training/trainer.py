@@ -1,7 +1,7 @@
-"""Training the relation network on a dataset of maps: the paper's optimiser, schedule and early stopping, resumable.
+"""Trains the relation network on a dataset of maps, with the paper's optimiser, schedule and early stopping. Resumable.
 
-The state is saved after each epoch, and everything random in an epoch comes from the seed and the epoch's number: a run
-that was killed anywhere and goes on (same machine, same number of threads) ends with the same bits.
+The state is saved after each epoch. All randomness of an epoch derives from the seed and the epoch's number. A run that was
+killed and resumed on the same machine, with the same number of threads, therefore ends with the same bits.
 """
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ CLASSIFIER_FILE = "classifier.safetensors"
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a classifier is trained; the defaults are the paper's for Stable Diffusion.
+    """Training settings. The defaults are the paper's for Stable Diffusion.
 
-    patience, factor, least_rate: of ReduceLROnPlateau; stop_after: epochs without a better validation loss;
-    wrong_captions: off shows what leaks when only true captions are learned from; without_nouns: objects held out;
-    mirror: every map pair turned over at random with its label (not in the paper), which makes much of few pictures.
+    patience, factor, least_rate: of ReduceLROnPlateau.
+    stop_after: training stops after this many epochs without a better validation loss.
+    wrong_captions: also train on maps of wrong captions. Switched off, the evaluation shows how much the caption leaks.
+    without_nouns: objects held out of training.
+    mirror: flips each pair of maps at random, with its label. Augments small datasets; not in the paper.
+    Raises TrainingError for values out of range.
     """
 
     learning_rate: float = 1e-4
@@ -71,7 +74,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a run is; history: the epochs that are over."""
+    """Progress of a run. epoch, batch: the current ones; history: results of the finished epochs."""
 
     epoch: int
     epochs: int
@@ -80,29 +83,31 @@ class TrainingProgress:
     history: Sequence[EpochResult]
 
 
-def mirrored(subject: Tensor, other: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each pair at random turned left to right, turned upside down, and with subject and object exchanged, and what holds
-    then. subject, other: [B, channels, size, size]; truth: [B], indices into RELATIONS.
+def mirrored(subject_maps: Tensor, object_maps: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flips each pair of maps left to right and upside down and exchanges subject and object, each at random.
 
-    A model has habits of place, which the turned maps do not show: a classifier learns not to trust them.
+    subject_maps, object_maps: [B, channels, size, size]; truth: [B], indices into RELATIONS. Returns the same three, with the
+    relations that hold after the flips.
+    A model prefers certain positions for certain objects. Flipped maps lack that bias, so the classifier does not rely on it.
     """
     across, upright, exchanged = (torch.rand(3, len(truth)) < 0.5).to(truth.device).unbind()
-    for turned, axis in ((across, -1), (upright, -2)):
-        where = turned.view(-1, 1, 1, 1)
-        subject, other = (torch.where(where, maps.flip(axis), maps) for maps in (subject, other))
+    first, second = subject_maps, object_maps
+    for flipped, axis in ((across, -1), (upright, -2)):
+        where = flipped.view(-1, 1, 1, 1)
+        first, second = (torch.where(where, maps.flip(axis), maps) for maps in (first, second))
     where = exchanged.view(-1, 1, 1, 1)
-    subject, other = torch.where(where, other, subject), torch.where(where, subject, other)
+    first, second = torch.where(where, second, first), torch.where(where, first, second)
     sideways = truth >= len(VERTICAL)
     opposite = torch.where(sideways, across, upright) ^ exchanged
-    return subject, other, torch.where(opposite, truth ^ 1, truth)  # opposites are neighbours in RELATIONS
+    return first, second, torch.where(opposite, truth ^ 1, truth)  # opposites are neighbours in RELATIONS
 
 
 class TrainingRun:
-    """One run in a folder: plan.json, state.pt after each epoch; at the end classifier, charts and training.json."""
+    """A training run in a folder: plan.json, state.pt after each epoch and, at the end, classifier, charts, training.json."""
 
     def __init__(self, folder: Path, datasets: Sequence[RelationDataset], settings: TrainingSettings,
                  width: int | None = None, device: torch.device | str = "cpu", name: str = "") -> None:
-        """width: of the network (d_model), the paper's where None; name: of the classifier.
+        """width: width of the network (d_model), None for the paper's; name: the classifier's, default the folder's.
 
         Raises TrainingError where the datasets do not fit together or the folder holds another run.
         """
@@ -127,7 +132,7 @@ class TrainingRun:
             "datasets": [data.sha256 for data in datasets],
             "settings": asdict(settings), "network": self.config.to_dict()}))
         self.results: dict[str, Evaluation] = {}
-        with torch.inference_mode(False):  # the host runs nodes under inference mode
+        with torch.inference_mode(False):  # the host runs nodes in inference mode
             self.folder.mkdir(parents=True, exist_ok=True)
             with alone_in(self.folder):
                 self._begin()
@@ -162,10 +167,10 @@ class TrainingRun:
 
     @torch.no_grad()
     def _fit_first_layer(self) -> None:
-        """Scales the start weights of the first layer to unit output on the data.
+        """Scales the initial weights of the first layer so that its output on the data has deviation 1.
 
-        Maps sum to 1, so their cells are about 1/256: with the usual start weights they drown in the position codes,
-        and nothing is learnt for many epochs.
+        Maps sum to 1, so a cell is about 1/256. With the usual initial weights the position codes would dominate, and the
+        network would learn nothing for many epochs.
         """
         items = self.chosen["train"][::max(1, len(self.chosen["train"]) // 256)][:256]
         maps = torch.cat(self.data["train"].batch(items, self.device)[:2]).flatten(2)
@@ -186,8 +191,10 @@ class TrainingRun:
             bool(self.history) and len(self.history) - 1 - self.best_epoch >= self.settings.stop_after)
 
     def run(self, on_progress: Callable[[TrainingProgress], None] = lambda progress: None) -> LearnedClassifier:
-        """Trains to the end and writes what came out. on_progress: after each batch; what it raises stops the run, and
-        the same run goes on from its last epoch."""
+        """Trains to the end and writes the results.
+
+        on_progress: called after each batch. An exception from it stops the run, which resumes from its last epoch.
+        """
         with torch.inference_mode(False), torch.enable_grad(), alone_in(self.folder):
             while not self.is_over:
                 self._epoch(on_progress)
@@ -204,10 +211,10 @@ class TrainingRun:
             order = torch.randperm(len(items)).split(settings.batch)
             self.network.train()
             for number, rows in enumerate(order, 1):
-                subject, other, steps, truth = self.data["train"].batch([items[row] for row in rows], self.device)
+                first, second, steps, truth = self.data["train"].batch([items[row] for row in rows], self.device)
                 if settings.mirror:
-                    subject, other, truth = mirrored(subject, other, truth)
-                loss = F.cross_entropy(self.network(subject, other, steps), truth)
+                    first, second, truth = mirrored(first, second, truth)
+                loss = F.cross_entropy(self.network(first, second, steps), truth)
                 if not loss.isfinite():
                     raise TrainingError(f"The loss is not finite in epoch {epoch + 1}, batch {number}. Train with a "
                                         "lower learning rate.")
@@ -239,7 +246,7 @@ class TrainingRun:
             self.schedule.load_state_dict(state["schedule"])
             self.best = state["best"]
             self.history = [EpochResult(**result) for result in state["history"]]
-        except Exception as error:  # whatever torch raises on damaged bytes: there is no closed list
+        except Exception as error:  # torch documents no list of what it raises on damaged bytes
             raise TrainingError(f"{path} is damaged or cut off, so that the run cannot go on. Delete it, and the run begins "
                                 "anew.") from error
 
@@ -260,8 +267,10 @@ class TrainingRun:
         return classifier
 
     def _evaluate(self) -> dict[str, Evaluation]:
-        """Of the best network on the test split (the validation split where there is none), all captions; held-out
-        objects apart."""
+        """Evaluates the best network on the test split (the validation split if there is no test split), on all captions.
+
+        Items with held-out objects are evaluated separately.
+        """
         self.network.eval()
         split = "test" if self.data["test"].samples else "validation"
         data, held_out = self.data[split], set(self.settings.without_nouns)

@@ -2,16 +2,21 @@
 
     python dev.py bench accuracy --backbone unet --prompts 200 --json FILE
 
-Suite "main", one relation: unsteered; geometric; calibrated (its channels weighted for this model, where such a file is
-shipped); random (moves of the same length in random directions: shows that it is the gradient); learned; its loss alone
-(without the term that keeps objects in one place, where the model's settings have it); learned without wrong captions
-(shows the leakage). Suite "several": three to five objects. Suite "held-out": objects that the classifier never saw in
-training. Suite "personalised": an object that the model never saw, taught by a LoRA. Where the JSON file has rows already
-that were measured with the same weights and settings, it goes on from there: after an interruption, with more prompts, or
-with other rows.
+Suites:
+    main          one relation per prompt
+    several       three to five objects
+    held-out      objects that the classifier never saw in training
+    personalised  an object that the model never saw, taught by a LoRA
 
-With --grid it compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the
-reported ones, and --plot draws accuracy against gradient evaluations:
+Rows of "main": unsteered; geometric; geometric, calibrated (with channel weights for this model, if such a file is shipped);
+random direction (moves of the same length, a control for the gradient); learned; learned, its loss alone (without the
+compactness term, if the model's settings use it); learned, true captions only (shows the leakage).
+
+Rows in the JSON file that were measured with the same weights and settings are kept. The benchmark resumes from them after
+an interruption, with more prompts, or with other rows.
+
+--grid compares settings instead, on the prompts for tuning, which share no ordered pair of objects with the reported ones.
+--plot draws accuracy against gradient evaluations:
 
     python dev.py bench accuracy --prompts 200 --learned classifiers/weights/toyworld_unet.safetensors
         --one-by-one --grid max_updates=1,2,3,5 end=0.12,0.24,0.36,0.48
@@ -63,7 +68,7 @@ SHIPPED = ROOT / "classifiers" / "weights"
 
 
 def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Tensor:
-    """A move of the usual length in a random direction, drawn anew each time, the same in each run."""
+    """A move of the usual length in a random direction, different in every update and the same in every run."""
     seed = int(gradient.abs().sum().item() * 1e6) % 2**31
     noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(seed))
     return displacement(noise.to(gradient), settings)
@@ -71,7 +76,7 @@ def random_move(gradient: torch.Tensor, settings: SteeringSettings) -> torch.Ten
 
 @dataclass(frozen=True)
 class SteeringMethod:
-    """Steers any graph by a classifier."""
+    """A method of steering: makes a Steering for any graph."""
 
     classifier: RelationClassifier
     settings: SteeringSettings
@@ -83,7 +88,7 @@ class SteeringMethod:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how to steer (None: not at all) on which prompts, with which LoRA, pictures a prompt."""
+    """A row of the table. steering: None for unsteered; pictures: number per prompt."""
 
     name: str
     steering: SteeringMethod | None
@@ -94,7 +99,7 @@ class Row:
 
 
 def classifier_files(backbone: str) -> dict[str, Path]:
-    """The learned classifiers by row name: the shipped one, and those that exist for comparison."""
+    """Files of the learned classifiers by row name: the shipped one and those for comparison."""
     return {"learned": SHIPPED / f"toyworld_{backbone}.safetensors",
             "learned, true captions only": compared.FOLDER / f"{backbone}_true_captions.safetensors",
             "learned without these objects": compared.FOLDER / f"{backbone}_without_held_out.safetensors"}
@@ -102,17 +107,17 @@ def classifier_files(backbone: str) -> dict[str, Path]:
 
 @functools.cache
 def classifiers(backbone: str) -> dict[str, LearnedClassifier]:
-    """Those of `classifier_files` that are there."""
+    """The classifiers of the existing files in `classifier_files`."""
     return {name: compared.load_compared(path) for name, path in classifier_files(backbone).items() if path.is_file()}
 
 
 def rule(backbone: str) -> GeometricClassifier:
-    """The geometric rule of the examples: calibrated to this model where such a file is shipped."""
+    """The geometric classifier of the examples: the one calibrated to this model, if such a file is shipped."""
     return load_classifier(SHIPPED / f"{RULE[backbone]}.safetensors") if RULE[backbone] else GeometricClassifier()
 
 
-def ways(backbone: str) -> dict[str, SteeringMethod | None]:
-    """How to steer, by row name; only what is there."""
+def steering_methods(backbone: str) -> dict[str, SteeringMethod | None]:
+    """Available methods by row name; None for unsteered."""
     settings = SteeringSettings(**STEERING[backbone])
     found = {"unsteered": None,
              "geometric": SteeringMethod(GeometricClassifier(), settings),
@@ -133,10 +138,10 @@ LORA_NOUN = "octopus"
 
 def suite(name: str, backbone: str, count: int) -> list[Row]:
     """The rows of one suite, on `count` prompts each."""
-    known, nouns = ways(backbone), scenes.LAYOUTS[backbone].nouns
+    known, nouns = steering_methods(backbone), scenes.LAYOUTS[backbone].nouns
 
     def rows(names: Iterable[str], prompts: list, group: str, lora: Path | None = None) -> list[Row]:
-        return [Row(way, known[way], prompts, group, lora) for way in names if way in known]
+        return [Row(method, known[method], prompts, group, lora) for method in names if method in known]
 
     three = ("unsteered", "geometric", "geometric, calibrated", "learned")
     if name == "main":
@@ -158,7 +163,10 @@ def suite(name: str, backbone: str, count: int) -> list[Row]:
 
 def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings, learned: RelationClassifier | None,
               group: str) -> list[Row]:
-    """Every combination of `name=value,value` settings of SteeringSettings, or of GeometricSettings as geometric.name."""
+    """One row per combination of `name=value,value` specifications.
+
+    name: a field of SteeringSettings, or geometric.NAME for a field of GeometricSettings.
+    """
     axes = [[(name, value) for value in values.split(",")] for name, _, values in
             (item.partition("=") for item in specifications)]
     rows = []
@@ -173,15 +181,17 @@ def grid_rows(specifications: list[str], prompts: list, usual: SteeringSettings,
 
 
 def _parsed(text: str, settings: SteeringSettings | GeometricSettings, name: str) -> float | int | bool | str:
-    """The text as a value of the kind that the setting has."""
+    """The text converted to the type of the setting `name`."""
     kind = type(getattr(settings, name))
     return text == "True" if kind is bool else kind(text)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Pictures of one prompt (float [B, H, W, 3], 0 to 1), how many gradients were evaluated for each, and the seconds of
-    sampling alone, a picture."""
+    """The pictures of one prompt.
+
+    images: float [B, H, W, 3] from 0 to 1; gradients: gradient evaluations per picture; seconds: sampling time per picture.
+    """
 
     images: torch.Tensor
     gradients: list[int]
@@ -190,7 +200,7 @@ class Sampled:
 
 def sample_prompt(world: tuple, prompt: str, seed: int, protocol: Sampling, steering: Steering | None,
                   pictures: int = 1) -> Sampled:
-    """Samples the prompt with an empty negative one through the host, steered or not, as one batch."""
+    """Samples the prompt as one batch through the host, with an empty negative prompt, steered or not."""
     model, clip, vae = world
     channels = model.get_model_object("latent_format").latent_channels
     latent = torch.zeros(pictures, channels, 16, 16)
@@ -202,20 +212,20 @@ def sample_prompt(world: tuple, prompt: str, seed: int, protocol: Sampling, stee
                                   disable_pbar=True)
     seconds = (time.perf_counter() - began) / pictures
     records = [] if runs is None else [r for r in runs.last.report.records if r.gradient_norm is not None]
-    # in a batch a picture that is as wanted waits for the others: the gradients of its waiting are not its own
+    # In a batch, a finished picture waits for the others. Only evaluations that move a picture are counted for it.
     gradients = [len(records) if pictures == 1 else sum(r.moved[picture] for r in records) for picture in range(pictures)]
     return Sampled(vae.decode(samples), gradients, seconds)
 
 
 AVERAGES = ("both_present", "clean", "relation_correct", "exact", "gradient_evaluations", "seconds")
 EVERY = 10
-"""Prompts between two savings."""
+"""Number of prompts between two saves."""
 
 
 def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = None) -> Iterator[dict]:
-    """One row of the table, every few prompts anew, the last time for all of them. Prompt k has seed k.
+    """Measures one row. Yields its figures every few prompts and, last, for all prompts. Prompt k has seed k.
 
-    before: what this function gave for the first prompts of the row in an earlier run.
+    before: figures that this function yielded for the row's first prompts in an earlier run.
     """
     (model, clip, vae), first = world, before["prompts"] if before else 0
     if row.lora is not None:
@@ -236,7 +246,7 @@ def measure(world: tuple, row: Row, protocol: Sampling, before: dict | None = No
 
 
 def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
-    """Of everything that a row's figures depend on besides the code and the number of prompts."""
+    """Hash of everything that a row's figures depend on, except the code and the number of prompts."""
     found = hashlib.sha256((models.WEIGHTS / f"{backbone}.safetensors").read_bytes())
     found.update(repr((protocol, row.prompts[0])).encode())
     if row.lora is not None:
@@ -257,7 +267,7 @@ def fingerprint(row: Row, backbone: str, protocol: Sampling) -> str:
 
 
 def leakage(backbone: str) -> dict:
-    """What the classifiers' files say of their accuracy on maps of true and of wrong captions."""
+    """Accuracy of the classifiers on maps of true and of wrong captions, from their files."""
     return {name: classifier.training["results"] for name, classifier in classifiers(backbone).items()}
 
 
@@ -266,9 +276,9 @@ def main() -> None:
     parser.add_argument("--backbone", choices=sorted(SAMPLING), default="unet")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--suites", nargs="+", choices=SUITES, help="default: main")
-    parser.add_argument("--pictures", type=int, default=1, help="a prompt, sampled as one batch (faster)")
+    parser.add_argument("--pictures", type=int, default=1, help="pictures per prompt, sampled as one batch (faster)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
-    parser.add_argument("--cfg", type=float, help="another guidance scale than the protocol's")
+    parser.add_argument("--cfg", type=float, help="guidance scale, instead of the protocol's")
     parser.add_argument("--grid", nargs="+", metavar="NAME=V,V", help="compare settings on the prompts for tuning")
     parser.add_argument("--one-by-one", action="store_true", help="with --grid: each setting alone, not every combination")
     parser.add_argument("--learned", type=Path, help="with --grid: this classifier instead of the geometric one")
@@ -281,7 +291,7 @@ def main() -> None:
     if not arguments.grid and (arguments.learned or arguments.one_by_one or arguments.plot):
         parser.error("--learned, --one-by-one and --plot belong to --grid")
     if arguments.learned and any(item.startswith("geometric.") for item in arguments.grid):
-        parser.error("geometric.… settings have no effect on the classifier of --learned: leave one of them out")
+        parser.error("geometric.... settings have no effect on the classifier of --learned: leave one of them out")
     suites = arguments.suites or ["main"]
     torch.set_num_threads(arguments.threads)
     protocol = SAMPLING[arguments.backbone]
@@ -326,7 +336,7 @@ def main() -> None:
 
 
 def begin(path: Path | None, new: dict) -> dict:
-    """What an earlier run wrote to `path`, to go on with; or `new`. SystemExit where that was another protocol."""
+    """The result of an earlier run in `path`, to be continued, or `new`. Raises SystemExit for another protocol."""
     if path is None or not path.is_file():
         return new
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -339,7 +349,7 @@ def begin(path: Path | None, new: dict) -> dict:
 
 
 def measure_once(world: tuple, row: Row, protocol: Sampling, mark: str, known: list[dict]) -> Iterator[dict]:
-    """As `measure`, but takes what `known` rows with the same fingerprint say, as far as they go."""
+    """Like `measure`, but reuses the figures of `known` rows with the same fingerprint."""
     alike = [done for done in known if done.get("fingerprint") == mark and done["prompts"] <= len(row.prompts)]
     before = max(alike, key=lambda done: done["prompts"], default=None)
     if before is not None and before["prompts"] == len(row.prompts):
@@ -349,9 +359,9 @@ def measure_once(world: tuple, row: Row, protocol: Sampling, mark: str, known: l
 
 
 def place(measured: dict, rows: list[dict], alone: bool) -> None:
-    """Puts a row where one of its name and group is, or at the end.
+    """Replaces the row with the same name and group, or appends the row.
 
-    Every row's time is then relative to the first one's, of its group where groups stand `alone`.
+    Times are then relative to the first row or, with `alone`, to the first row of the same group.
     """
     key = (measured["group"], measured["name"])
     at = next((index for index, row in enumerate(rows) if (row["group"], row["name"]) == key), len(rows))
@@ -363,7 +373,7 @@ def place(measured: dict, rows: list[dict], alone: bool) -> None:
 
 
 def trade_off(rows: list[dict]) -> torch.Tensor:
-    """Pictures exactly as asked for against gradient evaluations per picture, a line per group of rows; [H, W, 3]."""
+    """Chart [H, W, 3] of the share of exact pictures against gradient evaluations per picture; one line per group."""
     lines = {}
     for row in sorted(rows, key=lambda row: row["gradient_evaluations"]):
         lines.setdefault(row["group"], []).append((row["gradient_evaluations"], row["exact"]))

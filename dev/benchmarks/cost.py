@@ -1,10 +1,10 @@
-"""Time and peak memory of looking and of steering, as ratios to the host's own forward pass in the same run.
+"""Time and peak memory of capture and of steering, as ratios to the host's own forward pass in the same run.
 
     python dev.py bench cost --backbone unet --json FILE
 
-Each row runs in a process of its own, so that its peak is its own: a plain forward pass, one with capture, and one
-gradient evaluation with and without recomputation, at small-world size and at real width with random weights (SD2.1 in
-fp32, FLUX with 2 of its double and 4 of its single blocks, in bf16 where the CPU multiplies that, else in fp32 too).
+The rows are a plain forward pass, a forward pass with capture, and a gradient evaluation without and with recomputation.
+Each row runs in its own process, so that the peaks are independent. Models are the small world's, and models of real width
+with random weights: SD2.1 in fp32, and FLUX with 2 double and 4 single blocks, in bf16 if the CPU multiplies it, else in fp32.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = {"unet": ("small world", "SD2.1 256²", "SD2.1 512²"),
 
 
 class PeakMemory:
-    """Highest resident memory of this process above where it began, sampled every 2 ms."""
+    """Peak resident memory of this process above its initial value, sampled every 2 ms."""
 
     def __enter__(self) -> PeakMemory:
         import psutil
@@ -45,7 +45,7 @@ class PeakMemory:
 
 
 def measure(size: str, kind: str, backbone: str, repeats: int, threads: int) -> dict:
-    """Seconds (median) and bytes: weights plus the highest further use of one pass."""
+    """Median seconds of a pass, and its peak memory in bytes: the weights plus the pass's own peak."""
     import torch
 
     from dev.standalone import load_pack
@@ -56,7 +56,7 @@ def measure(size: str, kind: str, backbone: str, repeats: int, threads: int) -> 
     torch.set_num_threads(threads)
     with torch.inference_mode():
         run, weights, dtype = prepare(size, kind, backbone)
-        run(warm_up=True)  # the first pass builds what later ones reuse
+        run(warm_up=True)  # the first pass fills caches
         with PeakMemory() as memory:
             seconds = [run() for _ in range(repeats)]
     return {"seconds": statistics.median(seconds), "peak_bytes": weights + memory.peak, "dtype": dtype}
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def in_own_process(arguments: argparse.Namespace, size: str, kind: str) -> dict:
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed memory goes back, so peaks show
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # return freed memory to the system at once
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
         subprocess.run([sys.executable, "-m", "dev.benchmarks.cost", "--backbone", arguments.backbone, "--repeats",

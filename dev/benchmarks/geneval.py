@@ -1,12 +1,13 @@
-"""Pictures of GenEval's or the paper's prompts through any running ComfyUI, in the folders that GenEval's evaluator reads.
+"""Makes pictures of GenEval's or the paper's prompts with any running ComfyUI, in the folders that GenEval's evaluator reads.
 
     python dev.py bench geneval --server URL --workflow FILE --prompts FILE --out DIR
 
-Prompts: GenEval's evaluation_metadata.jsonl (only its "position" prompts, or those of --tags), or a text file with one
-prompt a line, each with a relation. Writes DIR/00000/metadata.jsonl and DIR/00000/samples/00000.png, ...; the same command
-goes on where it was stopped, and one with another workflow, seed or prompt wants another DIR. The workflow may be a saved
-one or in API format: the prompt goes into every text field of the node titled --prompt-title, the seed into every seed
-field, and the picture comes from the SaveImage node titled --picture-title.
+Prompts: GenEval's evaluation_metadata.jsonl (its "position" prompts, or those of --tags), or a text file with one prompt per
+line, each with a relation.
+Output: DIR/00000/metadata.jsonl, DIR/00000/samples/00000.png, ... The same command resumes where it stopped. Another workflow,
+seed or prompt needs another DIR.
+Workflow: a saved one, or one in API format. The prompt is written into the text field of every node titled --prompt-title, the
+seed into every seed field. The picture is that of the SaveImage node titled --picture-title.
 """
 from __future__ import annotations
 
@@ -25,15 +26,18 @@ from dev.client import Client, ServerError
 from dev.workflow import WorkflowError, set_seeds, set_text, to_prompt
 
 SHORT = {"to the left of": "left of", "to the right of": "right of", "above": "above", "below": "below"}
-"""Our names of the relations to GenEval's."""
+"""Relation names: ours -> GenEval's."""
 
 
 class GenevalError(ValueError):
-    """A file that cannot be used; the message says which, and why."""
+    """A file cannot be used; the message says which one and why."""
 
 
 def read_prompts(path: Path, tags: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One metadata record per prompt, in the file's order: GenEval's own, or made from a prompt's relations."""
+    """One metadata record per prompt, in the file's order: GenEval's own, or built from the prompt's relations.
+
+    Raises GenevalError naming the line.
+    """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -62,8 +66,8 @@ def read_prompts(path: Path, tags: tuple[str, ...]) -> list[dict[str, Any]]:
 def record(prompt: str) -> dict[str, Any]:
     """GenEval's record of a prompt: a clause for each object and each relation.
 
-    A clause's position speaks of an earlier clause (GenEval's evaluate_images.py, `evaluate`), so objects come before their
-    subjects; clauses of the same class are of the same thing. Raises GenevalError where that cannot say what the prompt says.
+    The position of a clause refers to an earlier clause (GenEval's evaluate_images.py, `evaluate`), so an object precedes its
+    subjects. Clauses of one class mean one object. Raises GenevalError for prompts that a record cannot express.
     """
     graph = build_graph(prompt)
     if not graph.relations:
@@ -77,18 +81,18 @@ def record(prompt: str) -> dict[str, Any]:
                                "line out.")
     include: list[dict[str, Any]] = []
     for relation in graph.relations:
-        subject, thing = (split_occurrence(phrase)[0] for phrase in (relation.subject, relation.object))
+        subject, target = (split_occurrence(phrase)[0] for phrase in (relation.subject, relation.object))
         classes = [clause["class"] for clause in include]
-        if thing not in classes:
-            include.append({"class": thing, "count": 1})
-            classes.append(thing)
-        include += [{"class": subject, "count": 1, "position": [SHORT[predicate], classes.index(thing)]}
+        if target not in classes:
+            include.append({"class": target, "count": 1})
+            classes.append(target)
+        include += [{"class": subject, "count": 1, "position": [SHORT[predicate], classes.index(target)]}
                     for predicate in relation.predicates]
     return {"tag": "position", "include": include, "prompt": prompt}
 
 
 def picture_node(prompt: Mapping[str, Any], title: str | None) -> str:
-    """The id of the node whose picture counts."""
+    """Id of the node that saves the picture. Raises WorkflowError unless there is exactly one."""
     saving = {node_id: node.get("_meta", {}).get("title") or node["class_type"] for node_id, node in prompt.items()
               if node["class_type"] in ("SaveImage", "PreviewImage")}
     found = [node_id for node_id, name in saving.items() if title in (None, name)]
@@ -101,8 +105,10 @@ def picture_node(prompt: Mapping[str, Any], title: str | None) -> str:
 
 def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], out: Path, samples: int, seed: int,
              prompt_title: str, picture_title: str | None) -> tuple[int, list[str]]:
-    """Makes what is not there yet: how many pictures were made, and what failed. Sample k of every prompt has seed
-    `seed` + k. A prompt that fails is passed over; ServerError where the server is gone or refuses the workflow.
+    """Makes the missing pictures. Returns the number of pictures made and a message per failed prompt.
+
+    Sample k of every prompt has seed `seed` + k. A prompt that fails is skipped.
+    Raises ServerError where the server is gone or refuses the workflow.
     """
     object_info = client.object_info()
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +147,7 @@ def generate(client: Client, workflow: Mapping[str, Any], records: list[dict], o
 
 
 def keep(file: Path, content: dict[str, Any], otherwise: str) -> None:
-    """Writes a record that is not there yet. GenevalError where another one is."""
+    """Writes a record if the file does not exist. Raises GenevalError if it exists with other content."""
     if not file.exists():
         replace_file(file, json.dumps(content).encode() + b"\n")
         return
@@ -160,10 +166,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=4, help="pictures per prompt (default 4, as GenEval)")
-    parser.add_argument("--seed", type=int, default=42, help="of the first sample (default 42, as GenEval)")
-    parser.add_argument("--tags", nargs="*", default=["position"], help="of GenEval's file; none: all")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the first sample (default 42, as GenEval)")
+    parser.add_argument("--tags", nargs="*", default=["position"], help="tags of GenEval's file to use; without any: all")
     parser.add_argument("--prompt-title", default="Prompt")
-    parser.add_argument("--picture-title", help="needed where several nodes save pictures")
+    parser.add_argument("--picture-title", help="needed if several nodes save pictures")
     given = parser.parse_args()
     try:
         records = read_prompts(given.prompts, tuple(given.tags))

@@ -1,4 +1,4 @@
-"""The passes that `cost` times: one evaluation of the host's model as a sampler makes it, watched and steered."""
+"""The passes timed by `cost`: one evaluation of the host's model as in a sampler, plain, with capture, and steered."""
 from __future__ import annotations
 
 import time
@@ -36,7 +36,7 @@ FLUX_DEV = {
     "yak_mlp": False, "txt_norm": False,
 }
 FLUX = {**FLUX_DEV, "depth": 2, "depth_single_blocks": 4}
-"""FLUX.1 dev at its width, with 2 of its 19 double blocks and 4 of its 38 single blocks."""
+"""FLUX.1 dev at full width, with 2 of its 19 double blocks and 4 of its 38 single blocks."""
 
 
 def fill_alike(module: torch.nn.Module) -> None:
@@ -46,9 +46,9 @@ def fill_alike(module: torch.nn.Module) -> None:
 
 def random_unet(settings: dict, config=comfy.supported_models.SD20, dtype: torch.dtype = torch.float32,
                 fill: Callable[[torch.nn.Module], object] = fill_alike) -> comfy.model_patcher.ModelPatcher:
-    """The host's UNet with random weights: shapes, time and memory are real, pictures are not."""
+    """The host's UNet with random weights. Shapes, time and memory are real; pictures are meaningless."""
     model_config = config({**settings, "dtype": dtype})
-    model_config.unet_config.update(settings)  # the class brings head counts of its own
+    model_config.unet_config.update(settings)  # the class sets its own head counts
     model_config.manual_cast_dtype = None
     base = comfy.model_base.BaseModel(model_config, model_type=model_config.model_type({}), device="cpu")
     fill(base.diffusion_model)
@@ -56,7 +56,7 @@ def random_unet(settings: dict, config=comfy.supported_models.SD20, dtype: torch
 
 
 def random_flux() -> comfy.model_patcher.ModelPatcher:
-    """The same for the host's FLUX, in bf16 as it is used where the CPU has that."""
+    """The host's FLUX with random weights, in bf16 if the CPU multiplies it in hardware."""
     config = comfy.supported_models.Flux({**FLUX, "dtype": fast_dtype()})
     config.manual_cast_dtype = None
     base = config.get_model({}, device="cpu")
@@ -65,13 +65,13 @@ def random_flux() -> comfy.model_patcher.ModelPatcher:
 
 
 def conditioning(tokenizer, stream: str, width: int, details: dict) -> list:
-    """A random encoding of PROMPT, as long as the tokenizer makes it."""
+    """A random encoding of PROMPT, with the length that the tokenizer gives."""
     prompt = TokenisedPrompt.read(PROMPT, tokenizer)
     return [[torch.randn(1, len(prompt.streams[stream]), width), {CONDITIONING_KEY: prompt, **details}]]
 
 
 def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[..., float], int, str]:
-    """A function that makes one pass and returns its seconds (see `one_pass`), the bytes of the model's weights, their dtype."""
+    """Returns a function that runs one pass (see `one_pass`), the bytes of the model's weights, and their dtype."""
     if size == "small world":
         model, clip, _ = LOADERS[backbone]()
         shape, positive = (1, None, 16, 16), encode_prompt(clip, PROMPT)
@@ -89,9 +89,9 @@ def prepare(size: str, kind: str, backbone: str) -> tuple[Callable[..., float], 
 
 
 def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[..., float]:
-    """Returns the seconds of one evaluation with the positive conditioning alone; or of the gradient evaluation before it.
+    """A function that runs one pass and returns its seconds. With `warm_up=True` it uses a latent of 16x16.
 
-    With `warm_up=True` on a latent of 16x16 only.
+    The pass is an evaluation with the positive conditioning alone or, for a gradient, the gradient evaluation before it.
     """
     shape = tuple(model.get_model_object("latent_format").latent_channels if n is None else n for n in shape)
     graph = build_graph(PROMPT)
@@ -105,7 +105,7 @@ def one_pass(model, shape: tuple, positive: list, kind: str) -> Callable[..., fl
         model, runs = apply_steering(model, Steering(graph, GeometricClassifier(), settings))
 
     def evaluation(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
-        """A sampler of one step; steering adds its gradient evaluation before the evaluation of its own."""
+        """A sampler of one step. Steering adds its gradient evaluation before the sampler's evaluation."""
         began = time.perf_counter()
         denoised = model_k(x, sigmas[0] * x.new_ones([x.shape[0]]), **extra_args)
         seconds[0] = time.perf_counter() - began

@@ -1,9 +1,9 @@
-"""Makes the pictures of README and of the small world's workflows anew, from the present weights and seeds.
+"""Makes the pictures of README and of the small world's workflows from the current weights and seeds.
 
-    python dev.py demo && python dev.py run -m benchmarks.pictures
+    python dev.py demo && python dev.py run -m dev.benchmarks.pictures
 
-README's is put together from what the demonstration wrote; the workflows' thumbnails are sampled here, without and with
-steering. Look at them afterwards.
+README's picture is composed of the demonstration's files. The workflows' thumbnails are sampled here, without and with
+steering. Check them by eye afterwards.
 """
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from .accuracy import rule, sample_prompt  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_PARTS = ("unsteered", "steered", "attention_steered", "probability")
 HEIGHT, THUMBNAIL, GAP = 300, 320, 20
-"""Of README's picture, of a thumbnail, and between two pictures; in pixels."""
+"""Height of README's picture, side of a thumbnail, and gap between two pictures, in pixels."""
 THUMBNAILS = {"toyworld_steering": ("unet", small_world.PROMPT, small_world.SEED),
               "toyworld_multi_relation": ("unet", small_world.MULTI_PROMPT, small_world.MULTI_SEED),
               "toyworld_flux_steering": ("flux", small_world.PROMPT, small_world.FLUX_SEED)}
-"""Backbone, prompt and seed by workflow."""
+"""Workflow -> backbone, prompt and seed."""
 
 
 def beside(pictures: list[Image.Image], gap: int) -> Image.Image:
-    """Pictures of one height in a row, on white."""
+    """Pictures of equal height in a row, on white."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     row, left = Image.new("RGB", (width, pictures[0].height), "white"), 0
     for picture in pictures:
@@ -48,7 +48,7 @@ def beside(pictures: list[Image.Image], gap: int) -> Image.Image:
 
 
 def demo_picture(folder: Path) -> Image.Image:
-    """README's picture out of the demonstration's files."""
+    """README's picture, composed of the demonstration's files."""
     opened = [Image.open(folder / f"{name}.png").convert("RGB") for name in DEMO_PARTS]
     return beside([picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.LANCZOS)
                    for picture in opened], GAP // 2)

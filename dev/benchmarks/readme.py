@@ -21,7 +21,7 @@ MARKED = re.compile(r"(<!-- ([^/>][^>]*) -->).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def accuracy_table(content: dict, present: str = "both objects") -> str:
-    """Rows of several groups get a line in bold above each group."""
+    """The table of an accuracy result. With several groups, each begins with a line in bold."""
     head = f"| | {present} | clean | relation right | exact | gradient evaluations | time |\n|---|---|---|---|---|---|---|\n"
     groups = list(dict.fromkeys(row["group"] for row in content["rows"]))
     most = max(row["prompts"] for row in content["rows"])
@@ -39,7 +39,7 @@ def accuracy_table(content: dict, present: str = "both objects") -> str:
 
 
 def accuracy_line(row: dict, most: int) -> str:
-    """Where the row has fewer prompts than others it says how many, and no time: it is of another run than the unsteered one."""
+    """One line of the table. A row with fewer prompts gives their number, and no time, because it comes from another run."""
     fewer = row["prompts"] < most
     cells = accuracy_cells(row) | ({"time": "-"} if fewer else {})
     return " | ".join([f"| {row['name']} ({row['prompts']} prompts)" if fewer else f"| {row['name']}", *cells.values()]) + " |"
@@ -69,7 +69,7 @@ def cost_table(content: dict) -> str:
 
 
 def blocks(path: Path) -> dict[str, str]:
-    """The tables that one result fills, by the name of their markers."""
+    """The tables of one result, by the name of their markers."""
     content, kind, _, backbone = json.loads(path.read_text(encoding="utf-8")), *path.stem.rpartition("_")
     if kind == "cost":
         return {path.stem: cost_table(content)}
@@ -80,7 +80,7 @@ def blocks(path: Path) -> dict[str, str]:
 
 
 def tables() -> dict[str, str]:
-    """All of them, by the name of their markers."""
+    """The tables of all results, by the name of their markers."""
     return {name: table for path in sorted(RESULTS.glob("*.json")) for name, table in blocks(path).items()}
 
 

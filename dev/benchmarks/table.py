@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine it ran on, a table for the terminal, JSON for everything else."""
+"""Shared by all benchmarks: the description of the machine, a table for the terminal, and JSON output."""
 from __future__ import annotations
 
 import json
@@ -13,7 +13,7 @@ from learn_to_steer.files.writing import replace_file
 
 
 def machine() -> str:
-    """Processor, cores used and versions, in one line."""
+    """Processor, number of threads and versions, in one line."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -25,7 +25,7 @@ def machine() -> str:
 
 
 def print_table(rows: Sequence[dict]) -> None:
-    """Aligned columns: the keys of the first row."""
+    """Prints rows in aligned columns. The columns are the keys of the first row."""
     columns = list(rows[0])
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
@@ -39,7 +39,7 @@ def _cell(value) -> str:
 
 
 def write_json(path: Path | None, content: dict) -> None:
-    """Writes aside first, so that a file is whole or not there."""
+    """Writes a JSON file whole or not at all."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

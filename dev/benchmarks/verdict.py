@@ -1,4 +1,4 @@
-"""Says in one line which relation each picture of the small world shows, by the exact detector.
+"""Prints, in one line, the relation that each picture of the small world shows, by the exact detector.
 
     python dev.py run -m dev.benchmarks.verdict --prompt "a dog above a cat" unsteered=a.png steered=b.png
 """
@@ -20,7 +20,7 @@ ORDER = ("above", "below", "to the left of", "to the right of")
 
 
 def world_noun(phrase: str) -> str:
-    """The small world's noun in a phrase ("small red cat" -> "cat"). Raises ValueError where there is none."""
+    """The small world's noun in a phrase ("small red cat" -> "cat"). Raises ValueError without one."""
     words = split_occurrence(phrase)[0].casefold()
     for noun in sorted(NOUNS + EXTRA_NOUNS, key=len, reverse=True):
         if words == noun or words.endswith(" " + noun):
@@ -29,7 +29,7 @@ def world_noun(phrase: str) -> str:
 
 
 def shown_relation(found: Sequence[Detection], subject: str, other: str) -> str:
-    """In words: the relation of the best find of each noun, or what is missing. `found`: best first."""
+    """The relation between the best detections of both nouns, or the missing nouns, in words. found: best first."""
     best = {item.noun: item for item in reversed(found)}
     missing = [noun for noun in dict.fromkeys((subject, other)) if noun not in best]
     if missing:
@@ -40,7 +40,7 @@ def shown_relation(found: Sequence[Detection], subject: str, other: str) -> str:
 
 
 def surplus(found: Sequence[Detection], wanted: set[str]) -> str:
-    """What is there beyond one of each noun wanted, e.g. " (also 1 dog too many, a car)"; empty where nothing is."""
+    """Detections beyond one of each wanted noun, e.g. " (also 1 dog too many, a car)"; empty without any."""
     counts = Counter(item.noun for item in found)
     parts = [f"{count - 1} {noun} too many" for noun, count in counts.items() if noun in wanted and count > 1]
     parts += [with_article(noun) for noun in counts if noun not in wanted]
@@ -48,7 +48,7 @@ def surplus(found: Sequence[Detection], wanted: set[str]) -> str:
 
 
 def verdict(found: Sequence[Detection], relations: Sequence[Relation]) -> str:
-    """What the detections show of the relations asked for, and whether that is right."""
+    """The shown relations in words, and whether they are the requested ones."""
     named = [(world_noun(relation.subject), relation, world_noun(relation.object)) for relation in relations]
     shown = "; ".join(shown_relation(found, subject, other) for subject, _, other in named)
     right = [judge(found, subject, relation.predicates, other).relation for subject, relation, other in named]
@@ -57,7 +57,7 @@ def verdict(found: Sequence[Detection], relations: Sequence[Relation]) -> str:
 
 
 def load(file: Path) -> np.ndarray:
-    """A picture as uint8 [64, 64, 3]; one that was enlarged for viewing is brought back."""
+    """A picture as uint8 [64, 64, 3]. A picture enlarged for viewing is reduced."""
     return np.asarray(Image.open(file).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
 

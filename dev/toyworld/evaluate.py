@@ -25,7 +25,7 @@ BATCH = 25
 
 
 def measure(world: tuple, layout: Layout, count: int, split: str, cfg: float, **options) -> tuple[dict, torch.Tensor]:
-    """Shares (0 to 1) over `count` two-object prompts, picture k with seed k; and the pictures [B, 64, 64, 3]."""
+    """Accuracies (0 to 1) over `count` two-object prompts, and the pictures [B, 64, 64, 3]. Picture k has seed k."""
     prompts = two_object_prompts(count, split, layout.nouns)
     pictures = []
     started = time.monotonic()
@@ -49,7 +49,7 @@ def measure(world: tuple, layout: Layout, count: int, split: str, cfg: float, **
 
 
 def sheet(images: torch.Tensor, columns: int = 10, scale: int = 2) -> Image.Image:
-    """The first pictures in rows, for looking at them."""
+    """A contact sheet of the first pictures."""
     shown = images[:len(images) // columns * columns] if len(images) >= columns else images
     columns = min(columns, len(shown))
     pixels = (shown.clamp(0, 1) * 255).round().byte().numpy()

@@ -1,4 +1,4 @@
-"""Writes a trained small model as one safetensors file: weights in half precision, training summary as metadata."""
+"""Exports a trained small model to one safetensors file: weights in half precision, the training summary as metadata."""
 from __future__ import annotations
 
 import json
@@ -15,9 +15,9 @@ from safetensors.torch import save
 
 def export(name: str, weights: dict[str, torch.Tensor], transform: PatchTransform, tokenizer: WordTokenizer, path: Path,
            summary: dict) -> None:
-    """Writes `weights`, whose names begin with `unet.` or `flux.` and `text.`; the patch transform goes in as `vae.`.
+    """Writes `weights`, whose names begin with `unet.` or `flux.` and `text.`, and the patch transform as `vae.`.
 
-    FLUX weights get the prefix that the host's "Load Diffusion Model" looks for, and their latents its scale and shift.
+    FLUX weights get the prefix expected by the host's "Load Diffusion Model"; their latents get the host's scale and shift.
     """
     if name == "flux":
         weights = {FLUX_PREFIX + key[len("flux."):] if key.startswith("flux.") else key: value

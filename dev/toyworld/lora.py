@@ -1,8 +1,8 @@
-"""Teaches a small model an object it never saw, by a LoRA.
+"""Trains a LoRA that teaches a small model an object it never saw.
 
     python dev.py run -m dev.toyworld.lora unet octopus --minutes 6 --save FILE
 
-The file is an ordinary LoRA in the form that the host's "Load LoRA" reads. Base weights stay as they are.
+The file is an ordinary LoRA for the host's "Load LoRA". The base weights do not change.
 """
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from .train import MODELS, build_recipe, loss_and_gradients, restore  # noqa: E4
 
 BATCH = 64
 NEW_SHARE = 0.6
-"""Share of scenes with the new object; the others keep the old ones from being forgotten."""
+"""Share of scenes with the new object. The other scenes keep the model from forgetting the old objects."""
 RATE = 2e-3
 
 
 class LowRank(nn.Module):
-    """Up and down matrices for those layers of `network` that the recipe holds `adaptable`. Up begins at zero."""
+    """Up and down matrices for the layers of `network` that the recipe calls `adaptable`. Up is initialised to 0."""
 
     def __init__(self, network: nn.Module, adaptable: Callable[[str, nn.Module], bool], rank: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class LowRank(nn.Module):
                                      for weight in self.base.values())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By the network's parameter names: base weight plus up @ down."""
+        """Parameter name -> base weight + up @ down."""
         return {name: weight + (up @ down).view_as(weight) for (name, weight), up, down in
                 zip(self.base.items(), self.up, self.down, strict=True)}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """In the host's file form, half precision; without alpha keys the host's strength 1 means what was trained."""
+        """The tensors of the LoRA file, in half precision. Without alpha keys, strength 1 in the host equals the trained LoRA."""
         found = {}
         for (name, weight), up, down in zip(self.base.items(), self.up, self.down, strict=True):
             layer = f"diffusion_model.{name.removesuffix('.weight')}"
@@ -63,7 +63,7 @@ class LowRank(nn.Module):
 
 
 class Adapted(nn.Module):
-    """The network with the low-rank weights put in, called as the network itself."""
+    """The network with the low-rank weights added; called like the network itself."""
 
     def __init__(self, network: nn.Module, low_rank: LowRank) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Adapted(nn.Module):
 
 
 def train(model: str, noun: str, minutes: float, rank: int, seed: int, weights: Path) -> dict[str, torch.Tensor]:
-    """The LoRA's tensors after `minutes` of training on scenes of which most show `noun`."""
+    """Trains for `minutes` on scenes, most of which show `noun`. Returns the LoRA's tensors."""
     torch.manual_seed(seed)
     tokenizer = WordTokenizer()
     recipe = build_recipe(model, tokenizer)

@@ -1,19 +1,18 @@
-"""The optimisers of the small models: Muon for the matrices and convolutions inside the blocks, AdamW for the rest."""
+"""Optimisers of the small models: Muon for matrices and convolutions inside the blocks, AdamW for the rest."""
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-# Of the quintic iteration that drives a matrix's singular values towards 1 (Keller Jordan's Muon).
+# Coefficients of the quintic iteration that moves a matrix's singular values towards 1 (Keller Jordan's Muon).
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 class FlatMuon(torch.optim.Optimizer):
-    """Muon over weights of two or more dimensions, each seen as a matrix [out, everything else].
+    """Muon for weights of two or more dimensions, each flattened to a matrix [out, everything else].
 
-    The rule of `torch.optim.Muon`, whose iteration is in bfloat16 always: on a CPU that emulates it, that takes longer than
-    all the rest of a training step. Learning rates mean the same as AdamW's: the update is scaled to the size that AdamW's
-    usually has.
+    The rule is that of `torch.optim.Muon`, whose iteration always runs in bfloat16. On a CPU that emulates bfloat16, that takes
+    longer than the rest of a training step. Updates are scaled to the usual size of AdamW's, so both share learning rates.
     """
 
     def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float = 0.01, momentum: float = 0.95,
@@ -35,7 +34,7 @@ class FlatMuon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix [m, n] with its singular values brought near 1 (between about 0.7 and 1.2), in its own dtype."""
+    """The matrix [m, n] with singular values near 1 (about 0.7 to 1.2), in the same dtype."""
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
@@ -48,9 +47,9 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 def split_optimizers(module: nn.Module, rates: tuple[float, float], outside: tuple[str, ...],
                      dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon for every matrix and convolution whose name holds none of `outside`, AdamW for what is left; their rates.
+    """Muon for every matrix and convolution whose name contains none of `outside`, AdamW for the rest, and their rates.
 
-    `dtype`: of Muon's products.
+    dtype: precision of Muon's matrix products.
     """
     matrices, rest = [], []
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""How each small model is built and what it is trained on; the loop itself is in train.py."""
+"""Recipes: the architecture, the data and the loss of each small model. The training loop is in train.py."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -30,21 +30,21 @@ from torch import nn
 from .optimizers import split_optimizers
 
 EMPTY_CAPTIONS = 0.1
-"""Share of captions left empty, for classifier-free guidance."""
+"""Share of empty captions, for classifier-free guidance."""
 DECIDING_STEPS, DECIDING_SHARE = (0.45, 0.9), 0.7
-"""Where in the UNet's schedule it is decided which objects there are (as shares of it), and how many of the noisy pictures
-are drawn from there; the others from all of it."""
+"""The part of the UNet's schedule that decides which objects appear, in fractions of it, and the share of noisy pictures drawn
+from that part. The others are drawn from the whole schedule."""
 FLUX_NOISE = 2.3
-"""Mean of the logit of FLUX's times: where objects are decided, since they are few and stand out of much noise."""
+"""Mean of the logit of FLUX's times. The few objects are decided at high noise, so the mean is there."""
 
 
 def mixed_precision() -> torch.autocast:
-    """bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and far slower than single precision."""
+    """Uses bfloat16 if the CPU multiplies it in hardware. Emulated bfloat16 is far slower than fp32."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)
 
 
 def fast_dtype() -> torch.dtype:
-    """In which this CPU multiplies matrices fastest."""
+    """The dtype in which this CPU multiplies matrices fastest."""
     able = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
     return torch.bfloat16 if able else torch.float32
 
@@ -59,7 +59,7 @@ class Batch:
 
 def draw_batch(rng: np.random.Generator, size: int, layout: Layout, transform: PatchTransform,
                tokenizer: WordTokenizer, featured: str | None = None, share: float = 0.0) -> Batch:
-    """`size` new random scenes, a `share` of them with the `featured` noun; a tenth of the captions is empty."""
+    """`size` random scenes. A `share` of them shows the `featured` noun; a tenth of the captions is empty."""
     scenes = []
     while len(scenes) < size:
         scene = random_scene(rng, layout=layout)
@@ -73,9 +73,9 @@ def draw_batch(rng: np.random.Generator, size: int, layout: Layout, transform: P
 
 def plain_attention(_func, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *_args,
                     skip_reshape: bool = False, **_kwargs) -> torch.Tensor:
-    """Attention by two matrix products: on a CPU at these sizes twice as fast as the fused kernel in bfloat16.
+    """Attention by two matrix products; on a CPU, at these sizes, twice as fast as the fused kernel in bfloat16.
 
-    In the form of `transformer_options["optimized_attention_override"]`.
+    The signature is that of `transformer_options["optimized_attention_override"]`.
     """
     if not skip_reshape:
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
@@ -84,7 +84,7 @@ def plain_attention(_func, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, he
 
 
 def initialise(module: nn.Module) -> None:
-    """PyTorch's own initialisation, which `comfy.ops.disable_weight_init` leaves out, and gradients on."""
+    """Applies PyTorch's initialisation, which `comfy.ops.disable_weight_init` skips, and enables gradients."""
     for layer in module.modules():
         for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm):
             if isinstance(layer, kind):
@@ -93,7 +93,7 @@ def initialise(module: nn.Module) -> None:
 
 
 class UNetRecipe:
-    """v-prediction on Stable Diffusion's noise schedule; the text transformer is trained along."""
+    """v-prediction on Stable Diffusion's noise schedule. The text transformer is trained together with the UNet."""
 
     name = "unet"
     layout = UNET_LAYOUT
@@ -114,9 +114,9 @@ class UNetRecipe:
 
     @staticmethod
     def adaptable(name: str, layer: nn.Module) -> bool:
-        """Whether a LoRA adapts the layer: all but the first, the last, those of the noise level and the attentions' way out.
+        """Whether a LoRA adapts the layer: all but the first, the last, noise-level layers and attention output projections.
 
-        Layers in the transformers alone place an object but hardly learn what it looks like.
+        A LoRA of the transformers' layers alone places an object but hardly learns its appearance.
         """
         outside = ("time_embed", "emb_layers", "input_blocks.0.0", "out.")  # also of "to_out.0"
         return isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(part in name for part in outside)
@@ -145,9 +145,9 @@ class UNetRecipe:
 
 
 class FluxRecipe:
-    """Rectified flow with logit-normal times; the text transformer is taken from the trained UNet model and frozen.
+    """Rectified flow with logit-normal times. The text transformer is that of the trained UNet model, frozen.
 
-    The block matrices are trained by Muon, which needs about half the pictures that AdamW does.
+    Muon trains the block matrices; it needs about half as many pictures as AdamW.
     """
 
     name = "flux"
@@ -174,7 +174,7 @@ class FluxRecipe:
 
     @staticmethod
     def adaptable(name: str, layer: nn.Module) -> bool:
-        """Whether a LoRA adapts the layer: those of the blocks but the modulation, and the text's way in."""
+        """Whether a LoRA adapts the layer: block layers except modulation, and the text's input projection."""
         return isinstance(layer, nn.Linear) and (name == "txt_in" or "_blocks." in name and "mod" not in name)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -1,7 +1,7 @@
 """Trains the small models: `python dev.py run -m dev.toyworld.train unet --minutes 60`.
 
-Progress is shown as a line, logged as JSON lines, and kept in a state file in the cache folder: the same command goes
-on where it stopped. The averaged weights are exported every few minutes and at the end.
+Progress is printed and logged as JSON lines. A state file in the cache folder lets the same command resume where it stopped. The
+averaged weights are exported every few minutes and at the end.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LOG_STEPS = 20
 
 @dataclass
 class Clock:
-    """How far a run has come; `minutes` or `pictures` is its goal."""
+    """Progress of a run towards its goal, which is `minutes` or `pictures`."""
 
     minutes: float | None
     pictures: int | None
@@ -57,9 +57,9 @@ class Clock:
         return self.seconds / (60 * self.minutes)
 
     def learning_rate(self) -> float:
-        """As a share of the recipe's peak, times `rate`.
+        """Learning rate as a fraction of the recipe's peak, times `rate`.
 
-        Warm-up over 200 steps, flat up to 40 % of the run, then a cosine down to 2 %.
+        Warm-up over 200 steps, constant up to 40 % of the run, then a cosine down to 2 %.
         """
         rest = min(1.0, max(0.0, (self.progress - 0.4) / 0.6))
         warm = self.rate * min(1.0, (self.step + 1) / 200)
@@ -67,7 +67,7 @@ class Clock:
 
 
 def build_recipe(name: str, tokenizer: WordTokenizer) -> UNetRecipe | FluxRecipe:
-    """The recipe by name; FLUX takes the text transformer of the shipped UNet model."""
+    """The recipe by name. FLUX uses the text transformer of the shipped UNet model."""
     if name == "unet":
         return UNetRecipe(tokenizer)
     weights = part(read_weights(WEIGHTS / "unet.safetensors", "unet"), "text.")
@@ -75,7 +75,7 @@ def build_recipe(name: str, tokenizer: WordTokenizer) -> UNetRecipe | FluxRecipe
 
 
 def restore(recipe: UNetRecipe | FluxRecipe, path: Path) -> PatchTransform:
-    """Puts an exported file's weights into the recipe; the transform between pictures and the latents it trains on."""
+    """Loads an exported file's weights into the recipe. Returns the transform between pictures and training latents."""
     name, tensors = recipe.name, read_weights(path, recipe.name)
     weights = {f"{name}.{key}": value for key, value in
                part(tensors, FLUX_PREFIX if name == "flux" else f"{name}.").items()}
@@ -89,7 +89,7 @@ def restore(recipe: UNetRecipe | FluxRecipe, path: Path) -> PatchTransform:
 
 
 def loss_and_gradients(recipe: UNetRecipe | FluxRecipe, batch: Batch, generator: torch.Generator) -> float:
-    """The loss of one batch; its gradients are then in the parameters."""
+    """The loss of one batch. The gradients are left in the parameters."""
     with mutation_of_saved_tensors() if recipe.adds_in_place else nullcontext():
         loss = recipe.loss(batch, generator)
         loss.backward()
@@ -97,7 +97,7 @@ def loss_and_gradients(recipe: UNetRecipe | FluxRecipe, batch: Batch, generator:
 
 
 class Run:
-    """One training run: the recipe, its optimiser, the averaged weights, and the state on disk."""
+    """A training run: recipe, optimiser, averaged weights, and state on disk."""
 
     def __init__(self, name: str, clock: Clock, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
@@ -110,7 +110,7 @@ class Run:
         self.average = {key: value.detach().clone() for key, value in self.recipe.modules.state_dict().items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.rng = np.random.default_rng(seed + 2)
-        self.origin: dict | None = None  # training summary of the file whose weights it began with
+        self.origin: dict | None = None  # training summary of the file that the run started from
         self.state_file, self.export_file = folder / "state.pt", folder / f"{name}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -132,7 +132,7 @@ class Run:
         return loss
 
     def save(self) -> None:
-        """State and export, each written aside and then moved into place, so that a kill leaves the old ones whole."""
+        """Writes state and export. Each is written to a temporary file and renamed, so that a kill leaves the old file whole."""
         state = {"modules": self.recipe.modules.state_dict(), "average": self.average,
                  "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                  "transform": self.transform.state_dict(), "generator": self.generator.get_state(),
@@ -146,7 +146,7 @@ class Run:
         export(self.recipe.name, self.average, self.transform, self.tokenizer, self.export_file, summary)
 
     def start_from(self, path: Path) -> None:
-        """Takes everything from an exported file of the same kind instead of random weights and a transform of its own.
+        """Starts from an exported file of the same kind instead of random weights and a new transform.
 
         The file's latents are scaled to the recipe's deviation.
         """
@@ -157,7 +157,7 @@ class Run:
         self.transform = transform.rescaled(float(latents.std()) / self.recipe.deviation, 0.0)
 
     def resume(self) -> bool:
-        """Goes on from the state file where there is one; True if so."""
+        """Resumes from the state file. Returns whether there was one."""
         if not self.state_file.is_file():
             return False
         state = torch.load(self.state_file, weights_only=True)

@@ -1,7 +1,7 @@
-"""A development tool: writes the files in workflows/. `python dev.py run -m dev.workflows.build [--server URL]`.
+"""Writes the files in workflows/. `python dev.py run -m dev.workflows.build [--server URL]`.
 
-Needs a ComfyUI with this pack for the list of its nodes: one that is running at URL, or else one that it starts itself
-(COMFYUI_PATH, as for the tests). The files are what users open; nothing here is needed to run them.
+The tool reads the list of nodes from a ComfyUI with this pack: the one running at URL, or one that it starts (COMFYUI_PATH, as
+for the tests). Users open the written files; they do not need this tool.
 """
 from __future__ import annotations
 

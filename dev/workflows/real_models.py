@@ -1,4 +1,4 @@
-"""The sheets for models that users download: Stable Diffusion 2.1 and FLUX.1, with the paper's sampling settings."""
+"""Workflows for models that users download: Stable Diffusion 2.1 and FLUX.1, with the paper's sampling settings."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def flux_note(name: str, schnell: bool = False) -> Note:
 
 def shown(sheet: Sheet, samples: Output, maps: Output, report: Output | None, vae: Output,
           name: str) -> list[list[Node]]:
-    """Picture, attention and report behind a sampler, as columns of nodes."""
+    """Columns of nodes after a sampler: picture, attention and report."""
     decoded = sheet.node("VAEDecode", width=240, samples=samples, vae=vae)
     picture = sheet.node("SaveImage", "Save steered picture", width=420, extra_height=120, images=decoded["IMAGE"],
                          filename_prefix=f"learn_to_steer/{name}")
@@ -41,7 +41,7 @@ def shown(sheet: Sheet, samples: Output, maps: Output, report: Output | None, va
 
 
 def checkpoint(sheet: Sheet, note: Note, prompt: str, lora: bool = False) -> tuple[Output, Node, Node, Node, Output]:
-    """The columns on the left for a checkpoint: (model, graph, negative, latent, vae)."""
+    """Adds the left columns of a checkpoint workflow. Returns (model, graph, negative, latent, vae)."""
     loader = sheet.node("CheckpointLoaderSimple", width=360, ckpt_name=SD21)
     model, clip = loader["MODEL"], loader["CLIP"]
     column = [loader]
@@ -119,7 +119,7 @@ def attention_maps(name: str, object_info: Mapping[str, Any]) -> Sheet:
 
 def flux(sheet: Sheet, note: Note, prompt: str, relations: Sequence[tuple[str, str, str]], picture: str,
          schnell: bool = False) -> Sheet:
-    """FLUX with the host's guider and sampler nodes; steering is a patch on MODEL."""
+    """A FLUX workflow with the host's guider and sampler nodes. Steering is a patch on MODEL."""
     side, steps = (256, 4) if schnell else (512, 50)
     model = sheet.node("UNETLoader", width=360, unet_name=SCHNELL if schnell else DEV)
     clip = sheet.node("DualCLIPLoader", width=360, clip_name1="clip_l.safetensors",
@@ -130,7 +130,7 @@ def flux(sheet: Sheet, note: Note, prompt: str, relations: Sequence[tuple[str, s
     grown = {"relation_list": [node["relation"] for node in listed]} if listed else {}
     graph = sheet.node("LearnToSteerGraph", "Prompt", width=420, clip=clip["CLIP"], prompt=prompt, **grown)
     classifier = sheet.node("LearnToSteerClassifierLoader", width=320)
-    # four steps leave room for few updates, so each step gets more of them
+    # Of four steps few are steered, so each gets more updates.
     settings = {"max_updates": 10} if schnell else {}
     steering = sheet.node("LearnToSteerApply", width=320, model=model["MODEL"], graph=graph["graph"],
                           classifier=classifier["classifier"], save_memory=True, **settings)

@@ -1,7 +1,7 @@
-"""A development tool: writes workflow files of the ComfyUI page (litegraph JSON, version 0.4) from Python.
+"""Writes workflow files of the ComfyUI page (litegraph JSON, version 0.4) from Python.
 
-A `Sheet` is columns of groups, a `Group` is columns of nodes; positions follow from the nodes' sizes. Names of inputs
-and outputs are checked against the server's `/object_info`, so that a file cannot name what the nodes do not have.
+A `Sheet` holds columns of groups; a `Group` holds columns of nodes. Positions follow from the sizes of the nodes. Names of inputs
+and outputs are checked against the server's `/object_info`.
 """
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GROUP_TITLE, GROUP_GAP = 40, 60
 PREVIEWED = {"SaveImage": 300, "PreviewImage": 300, "LearnToSteerOverlay": 300, "LearnToSteerReport": 420,
              "LearnToSteerToyJudge": 120, "LearnToSteerGraph": 100, "LearnToSteerDatasetBuilder": 110,
              "LearnToSteerTrain": 110, "LearnToSteerSaveClassifier": 80}
-"""Height of what these nodes show of themselves, in pixels."""
+"""Height of the preview in these nodes, in pixels."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a node on the sheet; give it to an input of another node."""
+    """An output of a node on the sheet, to be passed as an input of another node."""
 
     node: Node
     slot: int
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass
 class Node:
-    """A box. `fields`: values of its widgets; `sources`: what its sockets are connected to."""
+    """A node on the sheet. fields: values of its widgets; sources: outputs connected to its sockets, by input name."""
 
     type: str
     info: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Node:
         return input_specs(self.info["input"], self.info.get("input_order"))
 
     def sockets(self) -> list[tuple[str, str, bool]]:
-        """(name, type, optional) of the inputs without a field; a growing list gives one more than is connected."""
+        """(name, type, optional) of the inputs without a field. A growing list has one socket more than connections."""
         optional = self.info["input"].get("optional") or {}
         found = []
         for spec in self.specs:
@@ -85,7 +85,7 @@ class Node:
 
     @property
     def height(self) -> int:
-        """As the page would make it, and what the node shows of itself below."""
+        """Height as on the page, including the preview below the fields."""
         slots = max(len(self.sockets()), len(self.info["output"]), 0)
         texts = sum(bool(spec.options.get("multiline")) for spec in self.specs if spec.is_widget)
         return (slots * SLOT + (len(self.widget_values()) - texts) * WIDGET + texts * TEXT + 18
@@ -135,12 +135,12 @@ def stacked(column: Sequence[Node | Note]) -> int:
 
 
 def room(node: Node | Note) -> int:
-    """What a node takes of its column, with the gap below it."""
+    """Height that a node takes up in its column, including the gap below."""
     return TITLE + (0 if isinstance(node, Node) and node.collapsed else node.height) + GAP
 
 
 class Sheet:
-    """A workflow that grows node by node; `document` is the file's content."""
+    """A workflow that is built node by node. `document` returns the file's content."""
 
     def __init__(self, name: str, object_info: Mapping[str, Any]):
         self.name = name
@@ -149,9 +149,9 @@ class Sheet:
 
     def node(self, type: str, /, title: str = "", width: int = 300, color: str = "", extra_height: int = 0,
              collapsed: bool = False, **inputs: Any) -> Node:
-        """A node; `inputs` are values of fields, outputs of other nodes, or a list of outputs for a growing list.
+        """Makes a node. inputs: values of fields, outputs of other nodes, or lists of outputs for growing lists.
 
-        An input whose name is taken here (width) is written with an underscore behind it.
+        An input with the name of a parameter (width) takes a trailing underscore. Raises KeyError for unknown names.
         """
         if type not in self.object_info:
             raise KeyError(f"the server has no node {type!r}")
@@ -174,7 +174,7 @@ class Sheet:
         return node
 
     def column(self, *groups: Group) -> None:
-        """The next column of groups, from top to bottom."""
+        """Adds a column of groups, from top to bottom."""
         self.columns.append(list(groups))
 
     def document(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class Sheet:
 
     @staticmethod
     def _inputs(node: Node) -> list[tuple[str, str, bool]]:
-        """All inputs in the order in which the page saves them: sockets, then fields (each of which has a socket)."""
+        """All inputs in the page's order of saving: sockets, then fields, each of which has a socket."""
         return node.sockets() + [(spec.name, spec.type, False) for spec in node.specs if spec.is_widget]
 
     def _node(self, node: Node, order: int, links: list[list[Any]]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Sheet:
 
 
 def read_note(name: str, **fields: str) -> str:
-    """The text of notes/NAME.md with its {fields} filled in."""
+    """The text of workflows/notes/NAME.md with its {fields} filled in."""
     return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip().format(**fields)
 
 
@@ -258,7 +258,7 @@ def note(box: Note, order: int) -> dict[str, Any]:
 
 
 def running_order(boxes: Sequence[Node | Note]) -> list[Node | Note]:
-    """Every node after those it is fed by; ties as they lie on the sheet."""
+    """The nodes in order of execution: sources first, ties in the order of the sheet."""
     depths: dict[int, int] = {}
 
     def depth(box: Node | Note) -> int:

@@ -1,4 +1,4 @@
-"""The sheets for the small world, which need no download."""
+"""Workflows for the small world, which need no download."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from learn_to_steer.toyworld.config import RULE, SAMPLING, STEERING
 
 from .sheet import Group, Node, Note, Output, Sheet, read_note
 
-SEED, MULTI_SEED, FLUX_SEED = 1, 22, 3  # the first with the right objects in wrong places, and all right with steering
+SEED, MULTI_SEED, FLUX_SEED = 1, 22, 3  # first seeds with the right objects misplaced without steering, and all correct with it
 PROMPT = "a photo of a dog to the right of a teddy bear"
 MULTI_PROMPT = "a photo of a dog to the left of a cat and an apple above the cat"
 INPUTS = {"start": "start_percent", "end": "end_percent"}
-"""The sampler's inputs that have another name than the setting in STEERING."""
+"""Setting in STEERING -> the sampler's input, where the names differ."""
 GREEN, RED, BLUE = "#8A8", "#A88", "#88A"
 
 
 def enlarged(sheet: Sheet, image: Output) -> Node:
-    """64×64 pictures are shown eight times as large, pixel by pixel."""
+    """A node that enlarges 64x64 pictures eight times, pixel by pixel."""
     return sheet.node("ImageScale", "Enlarge", width=300, image=image, upscale_method="nearest-exact", width_=512,
                       height_=512, crop="disabled")
 
 
 def start(sheet: Sheet, note: Note, prompt: str, backbone: str) -> tuple[Node, Node, Node, Node]:
-    """The columns that both lines share: (loader, graph, negative, latent)."""
+    """Adds the columns that both lines share. Returns (loader, graph, negative, latent)."""
     loader = sheet.node("LearnToSteerToyLoader", backbone=backbone)
     graph = sheet.node("LearnToSteerGraph", "Prompt", width=420, clip=loader["clip"], prompt=prompt)
     negative = sheet.node("CLIPTextEncode", "Negative prompt (empty)", width=420, clip=loader["clip"], text="")
@@ -35,9 +35,9 @@ def start(sheet: Sheet, note: Note, prompt: str, backbone: str) -> tuple[Node, N
 
 def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, sampling: Mapping[str, Any],
          steering: Mapping[str, float] | None, rule: str | None = None) -> list[list[Node]]:
-    """Capture, sampler, picture, overlay and verdict of one line, as columns of nodes.
+    """Columns of nodes of one line: capture, sampler, picture, overlay and verdict.
 
-    steering: inputs, None: not steered; rule: a shipped classifier, None: the built-in rule.
+    steering: inputs of the steering sampler, None for unsteered; rule: a shipped classifier, None for the built-in one.
     """
     loader, graph, negative, latent = parts
     capture = sheet.node("LearnToSteerCapture", model=loader["model"], graph=graph["graph"])
@@ -69,7 +69,7 @@ def line(sheet: Sheet, parts: tuple[Node, Node, Node, Node], name: str, sampling
 
 def two_lines(name: str, object_info: Mapping[str, Any], prompt: str, seed: int, backbone: str = "unet",
               note_height: int = 380) -> Sheet:
-    """The same prompt and seed without and with steering."""
+    """A workflow with the same prompt and seed, without and with steering."""
     sheet = Sheet(name, object_info)
     parts = start(sheet, Note(read_note(name), 440, note_height), prompt, backbone)
     chosen = SAMPLING[backbone]
@@ -94,7 +94,7 @@ def flux_steering(name: str, object_info: Mapping[str, Any]) -> Sheet:
 
 
 def train(name: str, object_info: Mapping[str, Any]) -> Sheet:
-    """Pictures, dataset, classifier, file."""
+    """The training workflow: pictures, dataset, classifier, file."""
     sheet = Sheet(name, object_info)
     loader = sheet.node("LearnToSteerToyLoader", width=320, backbone="unet")
     dataset = sheet.node("LearnToSteerDatasetBuilder", width=420, model=loader["model"], clip=loader["clip"],

@@ -1,4 +1,4 @@
-"""What is particular to an architecture: where its cross-attention is seen, and where it can be recomputed."""
+"""Backbones: for each architecture, where its cross-attention is recorded and where its blocks are recomputed."""
 from __future__ import annotations
 
 from typing import Protocol
@@ -15,8 +15,8 @@ class UnsupportedModel(ValueError):
 class Backbone(Protocol):
     """One architecture.
 
-    name: as in `MapLayout.backbone`; streams: the text encoders' token streams that the cross-attention reads, the
-    first one present counts.
+    name: as in `MapLayout.backbone`.
+    streams: the text encoders' token streams that the cross-attention reads. The first one present is used.
     """
 
     name: str
@@ -31,8 +31,8 @@ class Backbone(Protocol):
     def instrument(self, diffusion_model, options: dict, recorder: MapRecorder, recompute_blocks: bool) -> dict:
         """A copy of `options` (the host's transformer_options) with which a forward pass records into `recorder`.
 
-        What other packs put there stays in place and is called as before. With `recompute_blocks` activations are
-        computed again in backward, block by block.
+        Patches of other packs stay in place and are called as before. With `recompute_blocks`, backward recomputes the
+        activations block by block.
         """
 
 
@@ -40,7 +40,7 @@ BACKBONES: tuple[Backbone, ...] = (UNetBackbone(), MMDiTBackbone())
 
 
 def find_backbone(diffusion_model) -> Backbone:
-    """The backbone of a host network. Raises UnsupportedModel naming the class and what is supported."""
+    """The backbone of a host network. Raises UnsupportedModel, naming the network's class and the supported backbones."""
     for backbone in BACKBONES:
         if backbone.matches(diffusion_model):
             return backbone

@@ -1,10 +1,10 @@
 """Joint-attention transformers of the FLUX.1 family (dev, schnell, Kontext).
 
-Text and image tokens attend to each other in one attention; its image-query x text-key part is the cross-attention of
-the paper. Each block runs through the host's `patches_replace["dit"]`, which knows the text's length; q and k (after
-rotary embedding) are seen in an `optimized_attention_override` that only this block gets. The latent's own shape comes
-from a wrapper around the network (`WrappersMP.DIFFUSION_MODEL`), the one place where it is known: tokens of reference
-latents follow the picture's.
+Text and image tokens share one attention; its image-query x text-key part is the cross-attention of the paper. Each
+block is called through the host's `patches_replace["dit"]`, which knows the number of text tokens. An
+`optimized_attention_override` set for that block alone receives q and k after rotary embedding. Only a wrapper around the
+network (`WrappersMP.DIFFUSION_MODEL`) knows the shape of the latent, because tokens of reference latents follow the
+picture's.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...steering.attention import MapRecorder
 from ..gradient import recompute
 from ..other_packs import name_of
 
-SHAPE_KEY = "learn_to_steer_shape"  # in transformer_options: [N, C, H, W] of the latents that the network was called with
+SHAPE_KEY = "learn_to_steer_shape"  # in transformer_options: shape [N, C, H, W] of the network's input latents
 OVERRIDE_KEY = "optimized_attention_override"  # the host's single slot, see comfy.ldm.modules.attention.wrap_attn
 
 
@@ -62,9 +62,9 @@ def _note_shape(executor, x, timestep, context, y, guidance, ref_latents, contro
 
 def _replacement(network: Flux, key: tuple[str, int], order: int, block: Module, theirs: Callable | None, recorder: MapRecorder,
                  recompute_blocks: bool) -> Callable:
-    """Stands where the host calls a block; another pack's replacement still runs it.
+    """A replacement of one block that records its attention. It calls `theirs`, another pack's replacement, if there is one.
 
-    With recomputation that replacement runs a second time in backward.
+    With recomputation, `theirs` runs a second time in backward.
     """
     double = key[0] == "double_block"
     streams = ("img", "txt") if double else ("img",)  # single blocks hold text and image in "img", text first
@@ -79,14 +79,15 @@ def _replacement(network: Flux, key: tuple[str, int], order: int, block: Module,
         text = args["txt"].shape[1] if double else options["img_slice"][0]
         override = _recording(name, order, text, network.patch_size, options.get(OVERRIDE_KEY), recorder)
         options = {**options, OVERRIDE_KEY: override}
-        others = {name: value for name, value in args.items() if name not in streams}  # backward would keep these two alive
+        # Without the hidden states, which a closure kept for backward would hold in memory.
+        constants = {name: value for name, value in args.items() if name not in streams}
 
         def run(*hidden: Tensor) -> tuple[Tensor, ...]:
-            given = {**others, **dict(zip(streams, hidden, strict=True)), "transformer_options": dict(options)}
+            given = {**constants, **dict(zip(streams, hidden, strict=True)), "transformer_options": dict(options)}
             out = original(given) if theirs is None else theirs(given, {"original_block": original})
             if any(value.requires_grad for value in hidden) and not out["img"].requires_grad:
-                raise RuntimeError(f"The replacement of {name} cuts the gradient: it comes from another pack on this "
-                                   "model's line. Take that pack out while steering.")
+                raise RuntimeError(f"Another pack on this model's line replaces {name} and cuts the gradient there. Take that "
+                                   "pack out while steering.")
             return tuple(out[stream] for stream in streams)
 
         hidden = tuple(args[stream] for stream in streams)
@@ -97,7 +98,7 @@ def _replacement(network: Flux, key: tuple[str, int], order: int, block: Module,
 
 
 def _foreign_forward(network: Flux) -> str:
-    """Name of what runs the blocks in the place of the host's own forward."""
+    """Name of the function that replaced the host's own forward and calls the blocks."""
     for method in ("forward_orig", "_forward", "forward"):
         found = getattr(network, method)
         if getattr(found, "__func__", found) is not getattr(Flux, method):
@@ -106,16 +107,16 @@ def _foreign_forward(network: Flux) -> str:
 
 
 def _bound_to(block: Module, block_wrap: Callable) -> Callable:
-    """The host's `block_wrap` with the variables that it closes over as they are now.
+    """The host's `block_wrap`, bound to the current values of the variables in its closure.
 
-    They are loop variables: called in backward, the original would run the network's last block. Raises RuntimeError where
-    the function does not close over `block`, since nobody could then say which block it would run.
+    Those are loop variables: in backward, the original would run the network's last block.
+    Raises RuntimeError where the function does not close over `block`, because then the block that it runs is unknown.
     """
     held = [cell.cell_contents for cell in getattr(block_wrap, "__closure__", None) or ()]
     if not isinstance(block_wrap, FunctionType) or not any(value is block for value in held):
-        raise RuntimeError("This ComfyUI calls the blocks of FLUX in a way that this version of Learn to Steer does not know, so "
-                           "it cannot compute them again. Switch save_memory off (it also switches itself on for weights "
-                           "that are cast or offloaded), and look for a newer version of the pack.")
+        raise RuntimeError("This ComfyUI calls the blocks of FLUX in a way that this version of Learn to Steer does not support, "
+                           "so it cannot recompute them. Switch save_memory off (it also switches itself on for weights that "
+                           "are cast or offloaded), or install a newer version of the pack.")
     return FunctionType(block_wrap.__code__, block_wrap.__globals__, block_wrap.__name__, block_wrap.__defaults__,
                         tuple(map(CellType, held)))
 

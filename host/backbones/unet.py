@@ -1,9 +1,9 @@
 """UNets of the Stable Diffusion family: cross-attention in spatial transformers (SD1.x, SD2.x, SDXL).
 
-Maps are read in the host's `patches_replace["attn2"]`, which also sees the q and k of packs that replace the
-cross-attention (image-prompt adapters call attention without the host's options, so an attention override would
-miss them). Recomputation uses the host's `forward_timestep_embed_patch`, or a wrapper around the network where an older host
-calls that patch for few layers.
+Maps are recorded in the host's `patches_replace["attn2"]`, which also receives the q and k of packs that replace the
+cross-attention. An attention override would miss those: image-prompt adapters call attention without the host's options.
+Recomputation uses the host's `forward_timestep_embed_patch`. Older hosts call that patch for plain layers only; there it
+uses a wrapper around the network.
 """
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ WRAPPER_KEY = "learn_to_steer_recompute"
 
 
 def _layer_patch_reaches_all() -> bool:
-    """Whether this host calls `forward_timestep_embed_patch` for every layer of a block. Older hosts call it for the plain
-    ones alone, not for residual blocks and transformers."""
+    """Whether this host calls `forward_timestep_embed_patch` for every layer of a block.
+
+    Older hosts skip residual blocks and transformers.
+    """
 
     class Layer(TimestepBlock):
         def forward(self, x, emb):
@@ -70,7 +72,7 @@ class UNetBackbone:
 
 
 def _cross_attentions(diffusion_model: UNetModel) -> Iterator[BlockKey]:
-    """Keys of all cross-attentions in execution order, as the host asks for them in `patches_replace`."""
+    """Keys of all cross-attentions in `patches_replace`, in order of execution."""
     sections = (("input", diffusion_model.input_blocks), ("middle", [diffusion_model.middle_block]),
                 ("output", diffusion_model.output_blocks))
     for section, blocks in sections:
@@ -95,8 +97,8 @@ def _recording(order: int, key: BlockKey, theirs: Callable | None, recorder: Map
         if theirs is not None:
             out = theirs(q, k, v, extra_options)
             if q.requires_grad and not out.requires_grad:
-                raise RuntimeError(f"The cross-attention replacement in block {name} cuts the gradient: it comes from "
-                                   "another pack on this model's line. Take that pack out while steering.")
+                raise RuntimeError(f"Another pack on this model's line replaces the cross-attention in block {name} and cuts "
+                                   "the gradient there. Take that pack out while steering.")
             return out
         return host_attention.optimized_attention(q, k, v, heads, attn_precision=extra_options.get("attn_precision"),
                                                   transformer_options=extra_options)
@@ -105,36 +107,36 @@ def _recording(order: int, key: BlockKey, theirs: Callable | None, recorder: Map
 
 
 def _recomputing(theirs: list, recorder: MapRecorder) -> Callable:
-    """Stands where the host calls a layer of a block; the first matching handler of another pack still runs it."""
+    """A layer handler that recomputes in backward. It calls the first handler of another pack that matches the layer."""
 
     def handler(layer, x, emb, context, options, output_shape, time_context, num_video_frames, image_only_indicator):
-        other = next((handle for kind, handle in theirs if isinstance(layer, kind)), None)
-        frozen = dict(options)  # the host goes on changing its own: block and index belong to this call
+        their_handler = next((handle for kind, handle in theirs if isinstance(layer, kind)), None)
+        frozen = dict(options)  # the host writes the next block and index into its dict before backward runs
 
         def run(x, emb):
-            if other is not None:
-                return (other(layer, x, emb, context, dict(frozen), output_shape, time_context, num_video_frames,
-                              image_only_indicator),)
+            if their_handler is not None:
+                return (their_handler(layer, x, emb, context, dict(frozen), output_shape, time_context, num_video_frames,
+                                      image_only_indicator),)
             if isinstance(layer, ResBlock):
                 return (layer(x, emb),)
             return (layer(x, context, dict(frozen)),)
 
         (out,) = recompute(run, recorder, x, emb)
-        if other is None and isinstance(layer, SpatialTransformer) and "transformer_index" in options:
-            options["transformer_index"] += 1  # the host skips its own count for a patched layer
+        if their_handler is None and isinstance(layer, SpatialTransformer) and "transformer_index" in options:
+            options["transformer_index"] += 1  # the host does not count a patched layer itself
         return out
 
     return handler
 
 
 def _recomputing_pass(recorder: MapRecorder) -> Callable:
-    """A wrapper around one pass through the network, in which each layer's own `forward` recomputes."""
+    """A wrapper around one pass through the network that gives every layer a recomputing `forward`."""
 
     def wrapper(executor, *args, **kwargs):
-        with contextlib.ExitStack() as until_then:
+        with contextlib.ExitStack() as replaced_forwards:
             for layer in executor.class_obj.modules():
                 if isinstance(layer, (ResBlock, SpatialTransformer)):
-                    until_then.enter_context(_recomputing_forward(layer, recorder))
+                    replaced_forwards.enter_context(_recomputing_forward(layer, recorder))
             return executor(*args, **kwargs)
 
     return wrapper
@@ -142,14 +144,14 @@ def _recomputing_pass(recorder: MapRecorder) -> Callable:
 
 @contextlib.contextmanager
 def _recomputing_forward(layer: ResBlock | SpatialTransformer, recorder: MapRecorder) -> Iterator[None]:
-    """Gives this one layer a `forward` that recomputes; the class and other layers keep theirs."""
+    """Gives this layer alone a `forward` that recomputes. The class is not changed."""
     before, original = vars(layer).get("forward"), layer.forward
 
     def residual(x, emb):
         return recompute(lambda x, emb: (original(x, emb),), recorder, x, emb)[0]
 
     def transformer(x, context=None, transformer_options=None):
-        frozen = dict(transformer_options or {})  # the host goes on changing its own
+        frozen = dict(transformer_options or {})  # the host changes its dict before backward runs
         return recompute(lambda x: (original(x, context, dict(frozen)),), recorder, x)[0]
 
     layer.forward = residual if isinstance(layer, ResBlock) else transformer

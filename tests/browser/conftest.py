@@ -1,4 +1,4 @@
-"""Tests here open the real page of a real ComfyUI server in a real browser without a window."""
+"""Tests in this folder open the page of a real ComfyUI server in a real, headless browser."""
 from __future__ import annotations
 
 import shutil
@@ -22,7 +22,7 @@ STOCK_MISSING = ("/user.css",)  # and asks for this, which no server has
 
 @dataclass
 class BrowserPage:
-    """One tab at the server's page. `errors`: what was written to the console as an error, and uncaught exceptions."""
+    """One tab at the server's page. `errors`: console errors and uncaught exceptions."""
 
     page: Any  # playwright.sync_api.Page
     address: str

@@ -16,7 +16,7 @@ def test_page_shows_the_default_graph_without_errors(browser_page):
 
 
 def without_script_fields(prompt: dict) -> dict:
-    """The prompt without titles, and without the nodes whose fields are filled by the page's own JavaScript."""
+    """The prompt without titles and without nodes whose fields the page's JavaScript fills."""
     return {node_id: (node["class_type"], node["inputs"]) for node_id, node in prompt.items()
             if node["class_type"] not in ("SaveGLB", "Preview3D", "Load3D", "ImageCompare")}
 
@@ -34,7 +34,7 @@ def test_our_prompt_is_what_the_page_would_post(browser_page, object_info):
 
 
 def test_the_papers_stop_probability_can_be_entered(browser_page):
-    """The page rounds numbers to what a field's step allows."""
+    """The page rounds numbers to the field's step."""
     browser_page.open()
     browser_page.page.evaluate("""() => {
         app.rootGraph.clear();

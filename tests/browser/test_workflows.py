@@ -1,4 +1,4 @@
-"""The shipped workflows on the real page, dropped on the canvas as a user does it."""
+"""The shipped workflows on the real page, dropped on the canvas like by a user."""
 from __future__ import annotations
 
 import json
@@ -34,7 +34,7 @@ def screenshots(tmp_path: Path) -> Path:
 
 
 def drop(browser_page, file: Path) -> dict:
-    """Drops a workflow file on the canvas; returns what is in it."""
+    """Drops a workflow file on the canvas. Returns its content."""
     text = file.read_text(encoding="utf-8")
     workflow = json.loads(text)
     browser_page.page.evaluate(DROP, [file.name, text])
@@ -49,7 +49,7 @@ def bounds(workflow: dict) -> list[float]:
 
 
 def overlaps(workflow: dict) -> list[tuple[int, int]]:
-    """Pairs of nodes that cover each other, title bars included."""
+    """Pairs of overlapping nodes, including title bars."""
     boxes = [(node["id"], node["pos"][0], node["pos"][1] - 30, node["size"][0],
               30 + (0 if node["flags"].get("collapsed") else node["size"][1])) for node in workflow["nodes"]]
     return [(a[0], b[0]) for index, a in enumerate(boxes) for b in boxes[:index]
@@ -77,7 +77,7 @@ def test_dropped_on_the_canvas(browser_page, screenshots: Path, file: Path):
 
 
 def assert_same(workflow: dict, on_page: dict) -> None:
-    """The page keeps every node's size, fields and links as the file has them."""
+    """Asserts that the page keeps every node's size, fields and links."""
     found = {int(node["id"]): node for node in on_page["nodes"]}
     for node in workflow["nodes"]:
         there = found[node["id"]]

@@ -1,4 +1,4 @@
-"""Tests here run in the host's own modules, in this process; the pack is loaded as the host loads it."""
+"""Tests in this folder run the host's own modules in this process. The pack is loaded as the host loads it."""
 from __future__ import annotations
 
 from dev.standalone import load_pack
@@ -20,7 +20,7 @@ PROMPT = "a photo of a dog to the left of a teddy bear"
 
 
 class Scene:
-    """A small random UNet with its conditionings, loaded under inference mode as the host's nodes load models."""
+    """A small random UNet with its conditionings, loaded in inference mode, as by the host's nodes."""
 
     def __init__(self, prompt: str = PROMPT, **options):
         with torch.inference_mode():

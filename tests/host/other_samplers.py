@@ -1,6 +1,6 @@
-"""Sampler functions as other packs write them: sound ones with habits of their own, and ones that steering must refuse.
+"""Sampler functions in the style of other packs: sound ones with peculiarities, and ones that steering must refuse.
 
-All integrate dx/dsigma = (x - denoised) / sigma, or claim to.
+All of them integrate dx/dsigma = (x - denoised) / sigma, or claim to.
 """
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def _euler(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, hand_ov
 
 
 def sample_copying(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Euler that hands over a copy, as uni_pc does: writing into the copy would change nothing."""
+    """Euler that passes a copy to the model, like uni_pc. Writing into the copy has no effect."""
     return _euler(model, x, sigmas, extra_args, callback, lambda x, i: x.clone())
 
 
 def sample_with_changed_sigmas(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Euler that tells the model a lower noise level, for more detail."""
+    """Euler that passes a lower noise level to the model, for more detail."""
     return _euler(model, x, sigmas, extra_args, callback, lambda x, i: x, level=0.93)
 
 
 def sample_turning(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Turns the noise around in each step, and with it any move of the latent."""
+    """Reverses the noise in each step, and with it any move of the latent."""
     return _euler(model, x, sigmas, extra_args, callback, lambda x, i: x, turn=-1.0)
 
 
 def sample_ignoring(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Shows the model noise of its own instead of its latent."""
+    """Passes fresh noise to the model instead of the latent."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     return _euler(model, x, sigmas, extra_args, callback, lambda x, i: noise * sigmas[i])
 
 
 def sample_stubborn(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Does not denoise: keeps its latent whatever the model says."""
+    """Does not denoise: keeps its latent, whatever the model's output."""
     for i in range(len(sigmas) - 1):
         denoised = model(x.clone(), sigmas[i] * x.new_ones(len(x)), **extra_args)
         callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
@@ -65,7 +65,7 @@ def sample_in_silence(model, x, sigmas, extra_args=None, callback=None, disable=
 
 
 def sample_growing(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Doubles the latent's size half-way and keeps it as it is: what was moved is elsewhere afterwards."""
+    """Doubles the latent's size half-way, so that moved cells end up at other positions."""
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
         callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
@@ -82,7 +82,7 @@ def sample_broken(model, x, sigmas, extra_args=None, callback=None, disable=None
 
 
 def sample_by_what_it_sees(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Evaluates the model a second time where its output is large, which a rehearsal with an output of 0 cannot show."""
+    """Evaluates the model twice where its output is large. A rehearsal with output 0 cannot detect that."""
     def hand_over(x: Tensor, i: int) -> Tensor:
         sigma = sigmas[i] * x.new_ones(len(x))
         return x if model(x, sigma, **extra_args).abs().max() < 1e-3 else x + 0 * model(x, sigma, **extra_args)

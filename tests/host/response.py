@@ -1,10 +1,9 @@
-"""Measures how a sampler responds to a move of its latent, and what its formula says.
+"""Measures a sampler's response to a move of its latent, and computes the response that its formula gives.
 
-A response is measured with a model whose output is 0: how much of a move of the latent at a step is in the final latent.
-The right value is the sampler's formula for a moved latent. With the output at 0 an ODE solver only scales its latent by
-sigma_next / sigma in each step, and so does a multistep solver whose history was moved along. Histories of derivatives
-(lms, ipndm, deis, gradient_estimation) or of earlier latents (sa_solver, uni_pc) must follow the move: a run that starts
-at that step from the moved latent has no history that disagrees, and it is measured beside the formula.
+The response is the share of a move, made at one step, that is left in the final latent. It is measured with a model whose
+output is 0. Then an ODE solver only scales its latent by sigma_next / sigma in each step; so does a multistep solver if its
+history is moved too. Histories of derivatives (lms, ipndm, deis, gradient_estimation) and of earlier latents (sa_solver, uni_pc)
+must follow the move. A run that starts at that step from the moved latent has no conflicting history; it is measured as well.
 """
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ STOCHASTIC = {"euler_ancestral", "euler_ancestral_cfg_pp", "exp_heun_2_x0_sde", 
 
 
 def with_output(model, output):
-    """The MODEL with `output(x, sigma)` instead of its network's; steering still reads the network."""
+    """The MODEL with `output(x, sigma)` as its output. Steering still records the network's attention."""
     model = model.clone()
     model.set_model_sampler_calc_cond_batch_function(lambda args: [output(args["input"], args["sigma"])] * len(args["conds"]))
     return model
@@ -38,7 +37,7 @@ def silent(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def halves(size: int) -> dict[int, Tensor]:
-    """A move of the left half at the first of MOVED_STEPS, of the right half at the second."""
+    """Moves by step: the left half at the first of MOVED_STEPS, the right half at the second."""
     left = torch.zeros(1, 1, size, size)
     left[..., :size // 2] = SIZE
     return dict(zip(MOVED_STEPS, (left, left.flip(-1)), strict=True))
@@ -63,7 +62,7 @@ class Bench:
                                               self.scene.negative, latent, disable_pbar=True, seed=11, **options)
 
     def steered(self, sampler, sigmas, output=silent, end: float = 0.55, level: float = 1.0) -> tuple[Tensor, list[int]]:
-        """What steering changed in the final latent, in units of the sampler's latent, and the steered steps.
+        """The change of the final latent by steering, in units of the sampler's latent, and the steered steps.
 
         level: by how much the sampler's evaluations are above the schedule's sigmas.
         """
@@ -81,13 +80,13 @@ class Bench:
         return change / self.unit / self.at_the_end(sigmas), [record.step for record in runs.last.report.records]
 
     def responses(self, sampler, sigmas, **options) -> dict[int, Tensor]:
-        """Per moved step, the final latent's change where that step moved it, as a share of the move."""
+        """For each moved step, the change of the final latent at the moved cells, as a share of the move."""
         change, steps = self.steered(sampler, sigmas, **options)
         assert set(MOVED_STEPS) <= set(steps) and steps == list(range(len(steps)))
         return {step: side / SIZE for step, side in zip(MOVED_STEPS, change.chunk(2, dim=-1), strict=True)}
 
     def fresh(self, sampler, sigmas, step: int, output=silent) -> float:
-        """The same for a run that starts at the step, once from the moved latent."""
+        """The response of a run that starts at the step, from the moved and from the unmoved latent."""
         model = with_output(self.scene.model, output)
         moved = torch.full(self.shape, SIZE * self.unit)
         runs = [self.run(model, sampler, sigmas[step:], latent, noise=0.0) for latent in (moved, torch.zeros(self.shape))]
@@ -122,7 +121,7 @@ def sa_solver_kept(sampling, sigmas: tuple[float, ...]) -> float:
 
 
 def kept_by_formula(sampler: str, sampling, sigmas: tuple[float, ...]) -> float:
-    """Share of a move at sigmas[0] that is left at sigmas[-1] (data prediction, eps model)."""
+    """The share of a move at sigmas[0] that remains at sigmas[-1] (data prediction, eps model)."""
     ratio = sigmas[-1] / sigmas[0]
     if sampler in STOCHASTIC:  # eta = 1: sigma_down = sigma_next^2 / sigma
         return ratio ** 2

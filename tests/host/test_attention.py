@@ -1,4 +1,4 @@
-"""Maps against a plain, slow computation; their order and number; words found among real tokens."""
+"""Recorded maps equal those of a plain, slow computation; their order and number; words among real tokens."""
 from __future__ import annotations
 
 import comfy.ops
@@ -21,7 +21,7 @@ SD15 = {**SD21, "num_heads": 8, "num_head_channels": -1, "context_dim": 768, "us
 
 
 def slow_maps(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One row and one head at a time, in double precision."""
+    """Attention maps, computed one row and one head at a time in float64."""
     batch, heads, rows, width = q.shape
     out = torch.zeros(batch, heads, len(weights), rows, dtype=torch.float64)
     for b in range(batch):
@@ -51,7 +51,7 @@ def test_word_maps_gradient(monkeypatch, piece: int):
 
 
 def test_captured_maps_are_those_of_the_attention_itself():
-    """Every q and k that reach the host's cross-attention, collected by a hook of the host's, computed slowly."""
+    """A host hook collects every q and k of the cross-attention; the maps are then computed slowly."""
     scene, seen = Scene(), []
     model = scene.model.clone()
 
@@ -81,7 +81,7 @@ def test_captured_maps_are_those_of_the_attention_itself():
     (SD15, comfy.supported_models.SD15, 128, {8: 8, 16: 40, 32: 40, 64: 40}),
 ], ids=["sd21", "sd15"])
 def test_number_and_order_of_channels_at_real_width(settings, config, channels, by_side):
-    """Shapes alone, so the network is built and run on torch's "meta" device."""
+    """Only shapes matter, so the network runs on torch's meta device."""
     model_config = config({**settings, "dtype": torch.float32})
     model_config.unet_config.update(settings)
     with torch.device("meta"):
@@ -109,7 +109,7 @@ def test_number_and_order_of_channels_at_real_width(settings, config, channels, 
 
 
 def test_conditioning_repeated_by_the_host_gives_the_same_maps():
-    """The host repeats a shorter prompt's conditioning to the longer negative's length."""
+    """The host repeats the conditioning of a short prompt to the length of a longer negative prompt."""
     scene = Scene()
     with torch.inference_mode():
         scene.negative = tiny.conditioning(pack, "ugly, blurry, " * 20, seed=2)

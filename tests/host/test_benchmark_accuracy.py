@@ -1,4 +1,4 @@
-"""The accuracy benchmark goes on where it was stopped, and only with what was measured in the same way."""
+"""The accuracy benchmark resumes where it stopped, and only from rows measured with the same settings."""
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +13,7 @@ QUICK = dataclasses.replace(SAMPLING["unet"], steps=3)
 
 
 def figures(row: dict) -> dict:
-    """Without times."""
+    """The row's figures without times."""
     return {name: value for name, value in row.items() if not name.startswith("seconds")}
 
 

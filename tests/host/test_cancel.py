@@ -1,4 +1,4 @@
-"""Cancel and out of memory in the middle of a gradient: nothing of the pass is held afterwards."""
+"""After an interrupt or an out-of-memory error during a gradient, no memory of the pass is held."""
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +20,7 @@ OutOfMemory = torch.OutOfMemoryError
 
 @contextlib.contextmanager
 def without_collector():
-    """Reference counts alone have to do: a cycle through C++ is one that the collector never finds."""
+    """Runs without the garbage collector, which cannot find cycles through C++. Reference counts must suffice."""
     gc.collect()
     gc.disable()
     try:
@@ -30,7 +30,7 @@ def without_collector():
 
 
 class Stopped(Watched):
-    """Stops a run at the n-th layer of its passes with a gradient, and watches all memory that these passes take.
+    """Stops a run at the n-th layer of its passes with a gradient, and tracks all memory of these passes.
 
     The host calls `throw_exception_if_processing_interrupted` before every layer, in forward and in a recomputed backward.
     """
@@ -51,7 +51,7 @@ class Stopped(Watched):
         self._host()
 
     def run(self, update) -> bool:
-        """Whether the run was stopped."""
+        """Runs the sampler. Returns whether the run was stopped."""
         try:
             with self:
                 update()
@@ -107,7 +107,7 @@ def test_memory_is_flat_over_twenty_cancels(scene: Scene, monkeypatch):
 
 
 def test_a_pack_that_keeps_a_hidden_state_in_the_hosts_options_makes_no_leak(scene: Scene, monkeypatch):
-    """Reference-attention packs do so: the options then reach a block's outputs, and the block's recomputation the options."""
+    """Reference-attention packs do so. The options then hold a block's outputs, and the block's recomputation the options."""
     model = scene.model.clone()
 
     def remember(h, transformer_options):

@@ -1,4 +1,4 @@
-"""Relation Classifier Loader: the user says for which kind of model a file is, where the guess is wrong."""
+"""Relation Classifier Loader: the user overrides a wrong guess of the file's backbone."""
 from __future__ import annotations
 
 from pathlib import Path

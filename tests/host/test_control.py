@@ -1,4 +1,4 @@
-"""A ControlNet of the host, and other code that enters inference mode by itself, in a pass with a gradient."""
+"""A pass with a gradient through the host's ControlNet and other code that enters inference mode."""
 from __future__ import annotations
 
 import comfy.cldm.cldm
@@ -22,7 +22,7 @@ TINY_CONTROLNET = {
 
 
 class Spy(comfy.controlnet.ControlNet):
-    """The host's ControlNet; keeps what it was asked and what it answered."""
+    """The host's ControlNet; keeps its inputs and outputs."""
 
     def __init__(self, network):
         super().__init__(network, load_device=torch.device("cpu"))
@@ -37,7 +37,7 @@ class Spy(comfy.controlnet.ControlNet):
 
 
 class Held(Spy):
-    """Answers with what it answered first at a noise level: the residual held constant."""
+    """Repeats its first output at each noise level, which holds the residual constant."""
 
     def __init__(self, network):
         super().__init__(network)
@@ -51,7 +51,7 @@ class Held(Spy):
 
 
 def controlled(kind) -> tuple[comfy.controlnet.ControlNet, list]:
-    """A ControlNet with random weights and a conditioning that carries it, both made under inference mode."""
+    """A ControlNet with random weights and a conditioning that carries it, both made in inference mode."""
     with torch.inference_mode():
         network = comfy.cldm.cldm.ControlNet(**TINY_CONTROLNET, operations=comfy.ops.disable_weight_init)
         tiny.fill(network, seed=4)
@@ -63,7 +63,7 @@ def controlled(kind) -> tuple[comfy.controlnet.ControlNet, list]:
 
 
 def test_it_gives_what_the_host_gets_from_it(scene: Scene):
-    """Nothing is moved, so the steering pass and the host's own pass of a step ask it at the same latent."""
+    """Without a move, the steering pass and the host's pass of a step call the ControlNet with the same latent."""
     control, positive = controlled(Spy)
     patched, runs = apply_steering(scene.model, scene.steering(stop_probability=0.0, compactness=0.0, end=1.0))
     steered = scene.sample(patched, steps=2, cfg=1.0, positive=positive)
@@ -90,7 +90,7 @@ def test_the_gradient_agrees_with_finite_differences_while_the_residual_is_held(
 
 
 def growth(scene: Scene, model=None, positive=None) -> tuple[list[int], int]:
-    """Bytes held after each of four updates of one step; and the bytes of all that these updates made."""
+    """Bytes held after each of four updates of one step, and the total bytes allocated by these updates."""
     held, watched = [], Watched()
     steering = scene.steering(stop_probability=1.0, max_updates=4, end=0.4)
     steering = Steering(steering.graph, steering.classifier, steering.settings, lambda record: held.append(watched.held_bytes()))
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_with_the_evaluations(scene: Scene):
 
 
 def test_code_that_enters_inference_mode_by_itself_is_left_alone(scene: Scene):
-    """It works on a buffer of its own, as a pack's cache does, and adds what is in there now."""
+    """Such code updates its own buffer, like a pack's cache, and adds the current content."""
     model, seen = scene.model.clone(), []
     with torch.inference_mode():
         buffer = torch.zeros(1, 1, 64, 64)

@@ -1,4 +1,4 @@
-"""The gradient against finite differences, through the host's own UNet, sampler and conditioning machinery."""
+"""The gradient equals finite differences through the host's UNet, sampler and conditioning code."""
 from __future__ import annotations
 
 import functools
@@ -28,7 +28,7 @@ KINDS = {"sd2": ({}, comfy.supported_models.SD20), "sd1": (SD15, comfy.supported
 
 
 class Checked(SteeringSession):
-    """Instead of moving the latent, compares gradients at the sampler's own latent."""
+    """Compares gradients at the sampler's latent instead of moving it."""
 
     results: list[tuple[float, float]]
     gradients: list[torch.Tensor]
@@ -61,7 +61,7 @@ class Checked(SteeringSession):
 
 def check(scene: Scene, recompute: bool, model=None, classifier=None, compactness: float = SteeringSettings.compactness,
           **options):
-    """(claimed, measured) directional derivatives of every steered step, and the gradients."""
+    """(computed, measured) directional derivatives of every steered step, and the gradients."""
     results, gradients = [], []
 
     def open_session(guider, sigmas):
@@ -88,7 +88,7 @@ def build(kind: str, dtype=torch.float32) -> Scene:
 
 
 def _with_label(base):
-    """SDXL's size and pooled-text vector, as a fixed one."""
+    """Adds SDXL's vector of sizes and pooled text, with fixed values."""
     import comfy.conds
     original = type(base).extra_conds
 
@@ -119,7 +119,7 @@ def test_recomputed_gradient_is_the_plain_one(scene: Scene):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
 def test_batches_and_other_shapes(scene: Scene, recompute: bool):
-    """The loss is summed over the batch, so its gradient is every picture's own."""
+    """The loss is summed over the batch, so the gradient of a picture does not depend on the others."""
     assert_agree(check(scene, recompute, batch=2, size=(12, 20))[0], 1e-3)
 
 
@@ -133,7 +133,7 @@ def test_inpainting_mask(scene: Scene, recompute: bool):
 
 
 def test_a_normalised_move_is_as_long_in_a_part_as_in_the_whole():
-    """By the cells that can move: step_size is their percentage, however small an inpainting mask is."""
+    """step_size is a percentage of the norm of the cells that can move, however small an inpainting mask is."""
     gradient = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     gradient[1, :, 4:] = 0
     gradient[1, :, :, 4:] = 0
@@ -145,7 +145,7 @@ def test_a_normalised_move_is_as_long_in_a_part_as_in_the_whole():
 
 
 def test_a_small_loss_keeps_its_gradient_in_half_precision():
-    """Each picture of a batch by itself: one relation nearly holds, the other does not."""
+    """This holds per picture of a batch: one relation nearly holds, the other does not."""
     generator = torch.Generator().manual_seed(0)
     start, k = torch.randn(2, 2, 64, 8, generator=generator), torch.randn(2, 2, 16, 8, generator=generator)
     words, target = torch.eye(16)[:2], torch.rand(2, 2, 2, 64, generator=generator)
@@ -177,7 +177,7 @@ def test_a_loss_without_a_gradient_moves_nothing():
 
 
 def test_weights_that_the_host_moves_for_each_use_stay_where_they_are():
-    """As in a model that is only partly on the GPU. What is moved is a normal tensor, so no clone of it is kept."""
+    """The model is only partly on the GPU. Moved weights are normal tensors, so no clones are kept."""
     with torch.inference_mode():
         offloaded, resident = (comfy.ops.manual_cast.Linear(4, 4) for _ in range(2))
         resident.comfy_cast_weights = False
@@ -207,7 +207,7 @@ def test_conditioning_with_an_area(scene: Scene, recompute: bool):
 
 
 class ImagePrompt:
-    """Like an image-prompt adapter: replaces the cross-attention, holds inference tensors, calls attention bare."""
+    """An image-prompt adapter: replaces the cross-attention, holds inference tensors, calls attention without options."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -236,7 +236,7 @@ def test_with_a_replaced_cross_attention(scene: Scene, recompute: bool):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
 def test_with_another_packs_layer_patch_and_fast_attention(scene: Scene, recompute: bool):
-    """A handler of the host's layer hook still runs; an attention without a derivative is not used for the gradient."""
+    """A handler of the host's layer hook still runs. An attention without a derivative is not used for the gradient."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
     model, calls = scene.model.clone(), []
 
@@ -259,7 +259,7 @@ def test_with_another_packs_layer_patch_and_fast_attention(scene: Scene, recompu
 def test_a_replacement_that_cuts_the_gradient_is_an_error(scene: Scene):
     model = scene.model.clone()
     model.set_model_attn2_replace(lambda q, k, v, options: v.new_zeros(q.shape), "middle", 0)
-    with pytest.raises(RuntimeError, match="middle.0.0 cuts the gradient"):
+    with pytest.raises(RuntimeError, match="in block middle.0.0 and cuts the gradient"):
         check(scene, False, model)
 
 

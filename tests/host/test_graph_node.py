@@ -1,4 +1,4 @@
-"""Multi-Relation Graph shows what it understood and what not; without any relation it quotes what was not understood."""
+"""Multi-Relation Graph shows the relations and the words not understood. Without any relation its error quotes those words."""
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,7 @@
-"""FLUX with reference latents, pictures that are not square and long T5 prompts, all through the host's own text encoder
-classes, nodes and sampler (the networks are tiny)."""
+"""FLUX with reference latents, pictures that are not square, and long T5 prompts.
+
+The text encoder classes, nodes and sampler are the host's; the networks are tiny.
+"""
 from __future__ import annotations
 
 import comfy.model_patcher
@@ -25,7 +27,7 @@ ENCODERS = {"t5xxl_model_config": {"num_layers": 1, "d_model": 32, "d_ff": 64, "
 
 
 def tiny_clip(tokens: int = 256) -> comfy.sd.CLIP:
-    """The host's CLIP for FLUX, both encoders small; prompts have at least `tokens` tokens."""
+    """The host's CLIP for FLUX with two small encoders. Prompts are padded to at least `tokens` tokens."""
     clip = comfy.sd.CLIP(ClipTarget(FluxTokenizer, flux_clip()), model_options=ENCODERS)
     fill(clip.cond_stage_model)
     return T5TokenizerOptions.execute(clip, 0, tokens).args[0]
@@ -46,7 +48,7 @@ class FluxScene(Scene):
 
 
 def test_maps_are_those_of_the_attention_itself():
-    """Every q and k that reach the host's attention, collected by a hook of the host's; full logits in float64."""
+    """A host hook collects every q and k of the attention; full logits are then computed in float64."""
     scene, places = FluxScene(tokens=512), []
     prompt = scene.positive[0][1][CONDITIONING_KEY]
     assert scene.positive[0][0].shape[1] == 512
@@ -77,7 +79,7 @@ def test_gradient_with_reference_latents(method: str | None, recompute: bool):
 
 @pytest.mark.parametrize("tokens", [256, 512])
 def test_words_of_a_t5_prompt(tokens: int):
-    """A word of several tokens is averaged; of a word that comes twice the first counts unless the second is asked for."""
+    """A word of several tokens is averaged. A repeated word means its first occurrence unless "#2" follows."""
     text = "a photo of a brontosaurus above a dog, left of a dogfish and a dog"
     clip = tiny_clip(tokens)
     conditioning = encode_prompt(clip, text)

@@ -1,4 +1,4 @@
-"""The learned classifier in front of the host's UNet: its gradient, and a file as the paper's authors publish it."""
+"""The learned classifier with the host's UNet: its gradient, and a file in the published format."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,7 +17,7 @@ PAPER = vars(SteeringSettings.as_in_the_paper())
 
 
 def published(folder: Path, name: str, backbone: str = "unet") -> Path:
-    """A published checkpoint with random weights, whose gradient is large enough to be seen."""
+    """A published checkpoint with random weights and a measurable gradient."""
     shape = published_files.SHAPES[backbone]
     weights = published_files.random_weights(shape, 1368, contrast=100)
     torch.save(published_files.checkpoint(shape, weights=weights), folder / name)

@@ -1,4 +1,4 @@
-"""Weights that the host casts, moves, patches or quantises for each use; dynamic VRAM; memory that is announced."""
+"""Weights that the host casts, moves, patches or quantises for each use; dynamic VRAM; memory requested from the host."""
 from __future__ import annotations
 
 import copy
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def cast_patcher(weights: torch.dtype, compute: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
-    """The tiny UNet as the host builds it for weights in one precision and arithmetic in another: its manual_cast layers."""
+    """The tiny UNet with the host's manual_cast layers: weights in one precision, arithmetic in another."""
     config = comfy.supported_models.SD20({**tiny.TINY_UNET, "dtype": weights})
     config.unet_config.update(tiny.TINY_UNET)
     config.manual_cast_dtype = compute
@@ -38,7 +38,7 @@ def cast_patcher(weights: torch.dtype, compute: torch.dtype = torch.float32) -> 
 
 
 class PartlyLoaded(comfy.model_patcher.ModelPatcher):
-    """The host's patcher where only `room` bytes of weights fit on the device, as `load_models_gpu` has it on a small GPU."""
+    """A patcher of which only `room` bytes of weights fit on the device, as on a small GPU."""
 
     room = 200_000
 
@@ -57,7 +57,7 @@ def partly_loaded(with_lora: bool) -> Scene:
 
 
 def lora(model, seed: int) -> dict:
-    """A full-rank difference on every second linear weight of the network."""
+    """A LoRA patch: a full-rank difference on every second linear weight of the network."""
     generator, names = torch.Generator().manual_seed(seed), []
     names = [name for name, value in model.model.named_parameters() if value.ndim == 2 and "transformer_blocks" in name]
     return {name: ("diff", (0.05 * torch.randn(model.model.get_parameter(name).shape, generator=generator),))
@@ -66,7 +66,7 @@ def lora(model, seed: int) -> dict:
 
 @pytest.fixture
 def keep_nothing(monkeypatch):
-    """Small networks count as large ones."""
+    """Makes a small network count as large: no weight copies may be kept."""
     monkeypatch.setattr(memory, "COPIES_TO_KEEP", 0)
 
 
@@ -93,7 +93,7 @@ def test_partly_loaded_weights(recompute: bool, with_lora: bool):
 
 
 def quantised_patcher() -> comfy.model_patcher.ModelPatcher:
-    """The tiny UNet with linear weights as the host's fp8 checkpoints hold them: numbers, a scale, and the format's name."""
+    """The tiny UNet with linear weights as in the host's fp8 checkpoints: values, a scale, and the format's name."""
     config = comfy.supported_models.SD20({**tiny.TINY_UNET, "dtype": torch.float32})
     config.unet_config.update(tiny.TINY_UNET)
     config.manual_cast_dtype, config.quant_config = torch.float32, {"mixed_ops": True}
@@ -186,7 +186,7 @@ def test_copies_are_the_weights_in_the_precision_of_the_arithmetic():
 
 
 class Loader:
-    """Stands for the host's preparation: a model that fits beside a gradient up to `fits` pictures' memory."""
+    """Replaces the host's preparation. The model fits beside a gradient of up to `fits` pictures' memory."""
 
     def __init__(self, model, fits: int):
         self.model, self.fits, self.asked = model, fits, []
@@ -203,8 +203,10 @@ class Loader:
     (100, [6], 6, False), (4, [6, 3], 2, True), (0, [6, 3], 3, True)],
                          ids=["all fits", "fits beside a block's gradient", "never fits"])
 def test_the_host_is_asked_for_less_before_weights_are_offloaded_for_good(keep_nothing, fits, asked, again, recompute):
-    """And once it was asked for less, blocks are computed again, even though nothing is offloaded any more. The third picture's
-    memory is for the copies of one block, as long as there are any."""
+    """After the smaller request blocks are recomputed, even if no weights are offloaded any more.
+
+    The third picture's memory is for the copies of one block, as long as there are copies.
+    """
     model = tiny.unet_patcher()
     loader, plan, shape = Loader(model, fits), MemoryPlan(False), [1, 4, 256, 256]  # one block is far below one picture
     plan.prepare_sampling(loader, model, shape, {})
@@ -225,7 +227,7 @@ def test_a_block_of_copies_is_announced_beside_the_gradient(keep_nothing):
 
 
 class Loads:
-    """Counts how often the file is read."""
+    """A loader that counts how often the file is read."""
 
     def __init__(self):
         self.count = 0
@@ -237,7 +239,7 @@ class Loads:
 
 @pytest.fixture
 def dynamic(monkeypatch):
-    """The tiny model as the host manages it on an NVIDIA GPU by default; only the GPU library's buffers are not there."""
+    """The tiny model under dynamic VRAM, the host's default on an NVIDIA GPU, without the GPU library's buffers."""
     monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *sizes: None)
     monkeypatch.setattr(comfy.model_patcher.ModelPatcherDynamic, "__del__", lambda self: None)
     root = comfy.model_patcher.ModelPatcherDynamic(Scene().model.model, torch.device("cuda:0"), CPU)
@@ -272,7 +274,7 @@ def test_a_clone_of_a_clone_finds_the_same_weights(scene: Scene, dynamic):
 
 
 def test_when_a_steered_model_dies_the_host_still_manages_its_weights(scene: Scene, dynamic):
-    """The host goes on with a dead patcher's parent, and counts those weights as its own."""
+    """The host continues with the parent of a freed patcher, and manages the weights through it."""
     steered = apply_steering(dynamic.clone(), scene.steering())[0]
     weights, loaded = steered.model, comfy.model_management.LoadedModel(steered)
     del steered
@@ -296,7 +298,7 @@ def test_the_second_load_dies_with_the_model(scene: Scene, dynamic, request):
 
 
 def test_nothing_is_put_in_the_place_of_a_pinned_or_offloaded_weight():
-    """Weights in main memory of a model on another device are moved for each use; they may be pinned."""
+    """Weights kept in main memory are moved for each use and may be pinned."""
     with torch.inference_mode():
         base = cast_patcher(torch.float16).model
     base.diffusion_model.device = torch.device("meta")

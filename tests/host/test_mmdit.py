@@ -1,4 +1,4 @@
-"""FLUX: the recorded maps against a plain, slow computation, and capture that changes nothing."""
+"""FLUX: recorded maps equal those of a plain, slow computation, and capture does not change the result."""
 from __future__ import annotations
 
 import math
@@ -38,7 +38,7 @@ def _embed(weights: dict, name: str, value: Tensor) -> Tensor:
 
 
 def _waves(value: Tensor) -> Tensor:
-    """In float32 as the model was trained: angles go up to 3500, where a rounding is a visible phase."""
+    """Computed in float32, like the model: angles reach 3500, where rounding shifts the phase visibly."""
     angles = 1000 * value.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
 
@@ -73,7 +73,7 @@ def _patches(x: Tensor, index: int) -> tuple[Tensor, Tensor]:
 
 
 def plain_maps(network: Flux, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
-    """Per block the probabilities [B, heads, tokens, h, w] over the text alone; and the velocity [B, 4, H, W]."""
+    """Per block the probabilities [B, heads, tokens, h, w] over the text tokens, and the velocity [B, 4, H, W]."""
     weights = {name: value.double() for name, value in network.state_dict().items()}
     pictures = [_patches(inputs.x.double(), 0)] + [_patches(r.double(), 1) for r in inputs.references or []]
     img, places = (torch.cat(parts, dim) for parts, dim in zip(zip(*pictures, strict=True), (1, 0), strict=True))

@@ -1,4 +1,4 @@
-"""FLUX: the gradient of a loss on the maps against finite differences, with and without recomputation."""
+"""FLUX: the gradient of a loss on the maps equals finite differences, with and without recomputation."""
 from __future__ import annotations
 
 import functools
@@ -22,7 +22,7 @@ WORDS = {"dog": (2,), "teddy bear": (4, 5)}
 
 
 def loss_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None = None, **extra) -> Tensor:
-    """A curved function of every map of every block, in float64."""
+    """A nonlinear function of every map of every block, in float64."""
     recorder = MapRecorder({"positive": WordColumns.build(WORDS, inputs.context.shape[1])})
     options = {"uuids": ["positive"], **(options or {})}
     options = MMDiTBackbone().instrument(base.diffusion_model, options, recorder, recompute_blocks)
@@ -37,7 +37,7 @@ def loss_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None =
 
 
 def gradient_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | None = None, **extra) -> Tensor:
-    """As a node does it: everything was made under inference mode, which is on."""
+    """The gradient as computed in a node: inference mode is on, and all tensors were made in it."""
     with torch.inference_mode(), differentiable(base) as writes:
         x = inputs.x.clone().requires_grad_()
         loss = loss_of(base, inputs.at(x), recompute_blocks, options, **extra)
@@ -47,7 +47,7 @@ def gradient_of(base, inputs: Inputs, recompute_blocks: bool, options: dict | No
 
 
 def worst_error(base, inputs: Inputs, gradient: Tensor, step: float, directions: int = 4, **extra) -> float:
-    """Largest relative error of the slope along random directions, against central differences."""
+    """Largest relative error of directional derivatives against central differences, along random directions."""
     generator, worst = torch.Generator().manual_seed(3), 0.0
     for _ in range(directions):
         direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
@@ -62,7 +62,7 @@ def worst_error(base, inputs: Inputs, gradient: Tensor, step: float, directions:
 
 
 def loaded(guidance: bool = True, dtype: torch.dtype = torch.float32, **inputs):
-    """Model and conditioning as a loader node leaves them: inference tensors."""
+    """Model and conditioning as from a loader node: inference tensors."""
     with torch.inference_mode():
         base = tiny_flux(guidance, dtype)
         given = Inputs.random(dtype=dtype, **inputs)
@@ -120,19 +120,19 @@ def test_a_replacement_that_cuts_the_gradient_is_named(recompute_blocks):
 
     base, inputs = loaded()
     options = {"patches_replace": {"dit": {("double_block", 1): cached}}}
-    with pytest.raises(RuntimeError, match=r"double_block\.1 cuts the gradient"):
+    with pytest.raises(RuntimeError, match=r"replaces double_block\.1 and cuts the gradient"):
         gradient_of(base, inputs, recompute_blocks, options)
     assert comfy.model_management.in_training is False
 
 
 def late_bound(block_wrap):
-    """As a host would call its blocks by their place in a list: a closure that does not hold the block."""
+    """A host that calls its blocks by index: the closure does not hold the block."""
     held = [block_wrap]
     return lambda args: held[0](args)
 
 
 def other_block(base):
-    """As a host would call another block than the one whose replacement is asked."""
+    """A host whose closure holds another block than the replaced one."""
     block = base.diffusion_model.double_blocks[0]
 
     def block_wrap(args):
@@ -144,7 +144,7 @@ def other_block(base):
 
 
 class Wrapped:
-    """As a host would hand over an object in the place of a function."""
+    """A host that passes an object instead of a function."""
 
     def __init__(self, block_wrap):
         self.block_wrap = block_wrap
@@ -155,7 +155,7 @@ class Wrapped:
 
 @pytest.mark.parametrize("stand_in", ["late bound", "other block", "object", "partial"])
 def test_a_block_that_cannot_be_bound_is_refused(monkeypatch, stand_in):
-    """Computed again in backward, it would be the network's last block, silently. Without recomputation nothing is bound."""
+    """Backward would silently recompute the network's last block instead. Without recomputation nothing is bound."""
     base, inputs = loaded()
     make = {"late bound": late_bound, "other block": lambda wrap: other_block(base), "object": Wrapped,
             "partial": functools.partial}[stand_in]
@@ -178,7 +178,7 @@ def test_a_block_that_cannot_be_bound_is_refused(monkeypatch, stand_in):
 
 @pytest.mark.parametrize("recompute_blocks", [False, True], ids=["kept", "recomputed"])
 def test_nothing_stays_behind(recompute_blocks):
-    """After gradients the plain run has the same bits, the host's flag is back and no tensor is left over."""
+    """After gradients a plain run gives the same bits, the host's flag is restored, and no tensor is left."""
     def tensors() -> int:
         gc.collect()
         return sum(type(thing) is Tensor for thing in gc.get_objects())

@@ -1,4 +1,4 @@
-"""Runs whose gradient is 0 say so: a zeroed conditioning, a mask that lets nothing change."""
+"""A run whose gradient is 0 reports it: a zeroed conditioning, a mask that allows no change."""
 from __future__ import annotations
 
 import comfy.sample

@@ -1,4 +1,4 @@
-"""Off means off, and afterwards everything is as it was."""
+"""Off means off, and after a run the model is as it was."""
 from __future__ import annotations
 
 import gc
@@ -29,7 +29,7 @@ WEIGHTLESS = RelationGraph((Relation("dog", ("above",), "teddy bear", 0.0),))
 
 
 def state(model) -> dict:
-    """What must be found unchanged: weights, hooks, global flags."""
+    """The state that must not change: weights, hooks, global flags."""
     base = model.model
     return {
         "weights": {name: value.clone() for name, value in base.state_dict().items()},
@@ -60,7 +60,7 @@ def test_nothing_to_steer_is_bit_identical(scene: Scene, sampler: str):
 
 
 def test_a_relation_of_weight_0_plays_no_part(scene: Scene):
-    """Not even that its object must stand in the prompt and its name be known to the classifier."""
+    """Its object need not be in the prompt, and the classifier need not know its name."""
     graph = RelationGraph((*scene.graph.relations, Relation("zebra", ("riding",), "dog", 0.0)))
     with_it, without = (apply_steering(scene.model, scene.steering(graph=g))[0] for g in (graph, scene.graph))
     assert torch.equal(scene.sample(with_it), scene.sample(without))
@@ -90,7 +90,7 @@ def test_a_relation_that_already_holds_moves_nothing(scene: Scene, sampler: str)
 
 
 def test_a_step_goes_on_while_an_object_is_spread():
-    """A relation that holds is not enough: an object seen in two places would be drawn twice."""
+    """It is not enough that the relation holds: an object attended to in two places would be drawn twice."""
     spreads, records = iter((0.2, 0.2, 0.0)), []
 
     def look(latent: torch.Tensor) -> Evaluation:
@@ -210,7 +210,7 @@ def test_runs_never_mix(scene: Scene):
 
 
 def dynamic(scene: Scene, monkeypatch, loader) -> comfy.model_patcher.ModelPatcherDynamic:
-    """The scene's model as the host manages it on an NVIDIA GPU by default; only the GPU library's buffers are not there."""
+    """The scene's model under dynamic VRAM, the host's default on an NVIDIA GPU, without the GPU library's buffers."""
     monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *sizes: None)
     monkeypatch.setattr(comfy.model_patcher.ModelPatcherDynamic, "__del__", lambda self: None)
     model = comfy.model_patcher.ModelPatcherDynamic(scene.model.model, torch.device("cuda:0"), torch.device("cpu"))
@@ -219,7 +219,7 @@ def dynamic(scene: Scene, monkeypatch, loader) -> comfy.model_patcher.ModelPatch
 
 
 def test_dynamic_vram_is_not_used_for_steering(scene: Scene, monkeypatch):
-    """It gives weights away that backward needs. The host's own delegate is loaded, once, and not where nothing is steered."""
+    """Dynamic VRAM frees weights that backward needs. The host's delegate is loaded once, and only for steering."""
     loaded = []
 
     def load(*, disable_dynamic):
@@ -240,7 +240,7 @@ def test_dynamic_vram_without_a_loader_is_an_error(scene: Scene, monkeypatch):
 
 
 def test_a_second_pass_at_the_same_point_is_not_captured(scene: Scene):
-    """Perturbed-attention guidance evaluates the positive conditioning once more, with the attention spoilt."""
+    """Perturbed-attention guidance evaluates the positive conditioning a second time, with perturbed attention."""
     patched, runs = apply_capture(scene.model, Capture(("dog",)))
     scene.sample(patched, steps=1)
     plain = runs.last.maps
@@ -252,7 +252,7 @@ def test_a_second_pass_at_the_same_point_is_not_captured(scene: Scene):
 
 @pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
 def test_evaluations_for_steering_pass_by_the_hosts_step_caches(scene: Scene, node):
-    """With nothing moved the result is the cache's own; with moves every evaluation is recorded."""
+    """Without moves the result equals that of the cache alone; with moves every evaluation is recorded."""
     cached = node.execute(scene.model, 3.0, 0.0, 1.0, False).args[0]
     alone = scene.sample(cached, steps=8)
     assert not torch.equal(alone, scene.sample(steps=8))  # it did skip steps
@@ -265,7 +265,7 @@ def test_evaluations_for_steering_pass_by_the_hosts_step_caches(scene: Scene, no
 
 
 def test_a_run_is_found_by_a_latent_in_half_precision(scene: Scene):
-    """The host's --fp16-intermediates casts what a sampler gives."""
+    """The host's --fp16-intermediates casts a sampler's output."""
     patched, runs = apply_steering(scene.model, scene.steering())
     samples = scene.sample(patched)
     assert runs.find(samples.half()) is runs.last
@@ -284,7 +284,7 @@ def test_several_relations_take_turns(scene: Scene):
 
 @pytest.mark.parametrize(("recompute", "times"), [(False, 6), (True, 2)])
 def test_the_host_is_asked_to_keep_the_gradients_memory_free(scene: Scene, monkeypatch, recompute: bool, times: int):
-    """The host reserves memory by the size of the batch; it must count on a larger one while we steer, and only then."""
+    """The host reserves memory by batch size. It must assume a larger batch while steering, and only then."""
     asked: list[float] = []
     load = comfy.model_management.load_models_gpu
 

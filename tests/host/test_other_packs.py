@@ -1,4 +1,4 @@
-"""Beside other packs: what cuts the gradient, hides the maps or mixes the rows is said in words, or gone round."""
+"""Other packs that cut the gradient, hide the maps or mix the rows: steering works around them or names them in an error."""
 from __future__ import annotations
 
 import functools
@@ -35,7 +35,7 @@ def captured(scene: Scene, model, **options):
 
 
 class MixtureOfTiles:
-    """As tiling packs do it: a model function wrapper that works in inference mode."""
+    """A tiling pack: a model function wrapper that works in inference mode."""
 
     @torch.inference_mode()
     def __call__(self, model_function, given: dict):
@@ -52,7 +52,7 @@ def test_a_wrapper_without_a_gradient_is_named(scene: Scene, recompute: bool):
 
 
 def test_a_patch_that_cuts_in_the_middle_is_named(scene: Scene):
-    """Through an image library, say: the blocks before it have a gradient, those behind it have none."""
+    """Blocks before the cut have a gradient, blocks after it have none."""
     model = scene.model.clone()
 
     def resized(h, transformer_options):
@@ -82,7 +82,7 @@ def test_a_gradient_is_taken_on_one_device_where_the_host_samples_on_several(sce
 
 
 def teacache_flux_forward(self, *args, transformer_options=None, **kwargs):
-    """A stand-in for packs that bring a forward of their own, which hands no options to the replacements of blocks."""
+    """A pack's own forward, which passes no options to the block replacements."""
     def without_options(patch):
         def replacement(args, extra):
             mine = {name: value for name, value in args.items() if name != "transformer_options"}
@@ -130,7 +130,7 @@ def test_a_block_of_another_packs_making_is_named_in_the_report(scene: Scene):
 
 
 def couple(scene: Scene, regions: int):
-    """Attention couple on the UNet: its attn2 patch repeats the positive rows, once a region, and averages them afterwards."""
+    """Attention couple on the UNet: its attn2 patch repeats the positive rows per region and averages them afterwards."""
     model = scene.model.clone()
 
     def repeated(q, k, v, extra_options):
@@ -154,7 +154,7 @@ def couple(scene: Scene, regions: int):
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0], ids=["positive alone", "both conditionings"])
 def test_rows_repeated_inside_the_attention_are_refused(scene: Scene, cfg: float):
-    """Two regions and both conditionings: 3 rows, of which the first would be taken; 2 rows of one would be two pictures."""
+    """With two regions, both conditionings give 3 rows, and the positive one alone 2 rows that look like two pictures."""
     model = couple(scene, regions=2)
     assert torch.allclose(scene.sample(model, steps=1, cfg=cfg), scene.sample(steps=1, cfg=cfg), atol=1e-4)
     refused = (r"input 'model': the cross-attention in block input\.1\.0 works on \d rows.*attn2_patch "
@@ -166,7 +166,7 @@ def test_rows_repeated_inside_the_attention_are_refused(scene: Scene, cfg: float
 
 
 def in_tiles(model_function, given: dict, together: bool = False):
-    """Left and right half, one after the other or as a batch."""
+    """Evaluates the left and the right half, one after the other or as a batch."""
     halves = given["input"].chunk(2, dim=-1)
     if not together:
         return torch.cat([model_function(half, given["timestep"], **given["c"]) for half in halves], dim=-1)
@@ -186,7 +186,7 @@ def test_tiles_are_not_taken_for_the_picture(scene: Scene, together: bool, shown
 
 
 def test_a_batch_keeps_its_rows(scene: Scene):
-    """Of two pictures, each one's maps are those it has alone."""
+    """The maps of each of two pictures equal those of the picture alone."""
     maps = captured(scene, scene.model, batch=2, cfg=3.0).steps[0].average
     assert maps.shape[0] == 2
     with torch.inference_mode():

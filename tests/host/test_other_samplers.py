@@ -1,4 +1,4 @@
-"""Samplers of other packs: steered right whatever their habits, or refused with the true reason."""
+"""Samplers of other packs are steered correctly, or refused with the true reason."""
 from __future__ import annotations
 
 import functools
@@ -43,14 +43,14 @@ def test_a_step_begins_at_its_own_level_where_the_callback_comes_after_the_subst
 
 
 REFUSED = {
-    other.sample_turning: "turns a move of its latent around: a move by 1 at step 0 is one by -0.55 at step 1",
+    other.sample_turning: "reverses a move of its latent: a move by 1 at step 0 becomes one by -0.55 at step 1",
     other.sample_ignoring: "hands the model another latent than the one it was given",
     other.sample_stubborn: "does not treat its latent as noisy: of a move by 1 at step 0 it keeps 1 at step 2, where the noise "
                            "level leaves 0.34",
     other.sample_in_silence: "never calls back",
     other.sample_growing: "changes the latent's size from [1, 4, 16, 16] to [1, 4, 16, 32]",
     other.sample_broken: "failed in a rehearsal on a latent of 8 x 8 cells (RuntimeError: latent too small for tiles of 16)",
-    other.sample_by_what_it_sees: "evaluates the model another number of times than in its rehearsal",
+    other.sample_by_what_it_sees: "the number of evaluations differs from its rehearsal",
 }
 
 
@@ -65,13 +65,13 @@ def test_what_cannot_be_steered_is_refused_with_the_reason(bench: Bench, functio
 
 
 def test_messages_name_the_sampler_as_it_was_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """A pack's sampler in the host's own list, and a sampler that a node of the host made with options."""
+    """A pack's sampler in the host's list, and a sampler made with options by a host node."""
     patched, _ = apply_steering(bench.scene.model, bench.scene.steering())
-    with pytest.raises(SteeringError, match="^input 'sampler': turning turns a move"):
+    with pytest.raises(SteeringError, match="^input 'sampler': turning reverses a move"):
         bench.run(patched, ksampler(functools.partial(other.sample_turning)), SIGMAS)
     monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_whirl", other.sample_turning, raising=False)
     monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "elsewhere", "whirl"])
-    with pytest.raises(SteeringError, match="^input 'sampler_name': whirl turns a move"):
+    with pytest.raises(SteeringError, match="^input 'sampler_name': whirl reverses a move"):
         bench.scene.sample(patched, "whirl")
     adaptive = SamplerDPMAdaptative.execute(3, 0.05, 0.0078, 0.05, 0.0, 1.0, 0.0, 0.81, 0.0, 1.0)[0]
     with pytest.raises(SteeringError, match="^input 'sampler': dpm_adaptive chooses its own noise levels"):

@@ -1,8 +1,8 @@
-"""Steered runs "as in the paper" against a second computation, written from the formulas of docs/method.md with plain PyTorch.
+"""Steered runs "as in the paper" equal a second computation, written from the formulas of docs/method.md in plain PyTorch.
 
-The networks are the host's, small and with random weights. Computed here a second time is all that the method adds: where words
-stand, maps from q and k, their order and size, the classifier (published_files.py), loss, turns, targets and updates, the change
-to model-input space and back, and the denoising steps of DDIM and of Euler. Everything is in float64.
+The networks are the host's, small and with random weights. This file computes a second time everything that the method adds: word
+positions, maps from q and k, their order and size, the classifier (published_files.py), loss, turns, targets and updates, the
+conversion to model-input space and back, and the denoising steps of DDIM and Euler. Everything is in float64.
 """
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ OWN = {"start_percent": 0.0, "end_percent": 0.36, "step_size": 2.5, "max_updates
 class Case:
     """One model, one published classifier, one run.
 
-    side: of the latent; raw: maps have the classifier's resolution already; sharpness: factor on the classifier's logits, so that
-    a loss reaches its target; stops: whether it does.
+    side: of the latent, in cells; raw: maps have the classifier's own resolution; sharpness: factor on the classifier's logits,
+    with which a loss can reach its target; stops: whether a loss reaches it.
     """
 
     name: str
@@ -130,7 +130,7 @@ def noise(case: Case) -> Tensor:
 
 
 def conditionings(case: Case) -> tuple[list, list]:
-    """As the pack's text encoding nodes make them."""
+    """Conditionings as from the pack's text encoding nodes."""
     prompt = TokenisedPrompt.read(PROMPT, tokenizer(case.is_flux))
     given = text(case)
     extra = {"pooled_output": given.pooled.clone(), "guidance": 3.5} if case.is_flux else {"pooled_output": None}
@@ -143,8 +143,8 @@ def conditionings(case: Case) -> tuple[list, list]:
 
 @dataclass
 class Seen:
-    """What one side computed. latents: the sampler's x at each step's own evaluation, and the last one; the rest: of every
-    evaluation of the classifier, in order, with its (step, update)."""
+    """The results of one computation. latents: the sampler's x at each step's own evaluation, and the last one. The other
+    fields hold one entry per evaluation of the classifier, in order, with its (step, update)."""
 
     latents: list[Tensor] = field(default_factory=list)
     at: list[tuple[int, int]] = field(default_factory=list)
@@ -154,7 +154,7 @@ class Seen:
 
 
 def pack(case: Case, save_memory: bool, folder: Path) -> Seen:
-    """A run through the pack's file loader, settings and session, under inference mode as nodes run."""
+    """A run through the pack's file loader, settings and session, in inference mode, as in a node."""
     seen, path = Seen(), folder / "any.pth"
     training = {"timesteps": list(case.trained), "num_timesteps": case.length, "orig_map_size": 16 if case.raw else 32}
     torch.save(published_files.checkpoint(case.shape, case.channels, case.weights, training_config=training), path)
@@ -192,7 +192,7 @@ def pack(case: Case, save_memory: bool, folder: Path) -> Seen:
 
 
 class HoldEverything(TorchFunctionMode):
-    """Keeps every result alive, since PyTorch's bookkeeping of tensors that change in place knows them by identity."""
+    """Keeps every result alive, because PyTorch tracks tensors that change in place by identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class HoldEverything(TorchFunctionMode):
 
 @contextlib.contextmanager
 def plain_autograd() -> Iterator[None]:
-    """The host's blocks add in place, and its rotary embedding has a derivative only while it thinks it is training."""
+    """Makes the host's in-place blocks differentiable. Its rotary embedding has a derivative with the training flag only."""
     before, comfy.model_management.in_training = comfy.model_management.in_training, True
     try:
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors(), HoldEverything():
@@ -216,7 +216,7 @@ def plain_autograd() -> Iterator[None]:
 
 
 def word_places(case: Case, word: str) -> list[int]:
-    """First occurrence of the word's token sequence in the prompt's; T5's bare word mark is no part of it."""
+    """Positions of the first occurrence of the word's tokens in the prompt's, without T5's bare word mark."""
     given = tokenizer(case.is_flux)
     inner = (given.t5xxl if case.is_flux else given.clip_l).tokenizer
     prompt, wanted = (inner.convert_ids_to_tokens(inner(words)["input_ids"]) for words in (PROMPT, word))
@@ -242,7 +242,7 @@ class Reference:
         return self.base.apply_model(x, sigma.reshape(1), c_crossattn=embedding, transformer_options=options, **extra)
 
     def maps(self, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """Of each word [layers x heads, 16, 16], from the positive conditioning alone."""
+        """Maps of each word, [layers x heads, 16, 16], from the positive conditioning alone."""
         tokens, layers = self.text.tokens, []
 
         def attention(func, q, k, v, heads, *args, **kwargs):
@@ -320,7 +320,7 @@ class Reference:
         return (then.sqrt() * x0 + (1 - then).sqrt() * noise) / then.sqrt()
 
     def start(self, sigmas: Tensor) -> Tensor:
-        """The noise as the host hands it to a sampler function."""
+        """The noise that the host passes to a sampler function."""
         given: list[Tensor] = []
 
         def note(model, x, sigmas, extra_args=None, callback=None, **options):

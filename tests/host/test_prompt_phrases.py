@@ -1,4 +1,4 @@
-"""What the reader finds in a prompt, the host's tokenizers find too: brackets, escapes, weights, quotations, embeddings."""
+"""The host's tokenizers find every phrase that the reader finds: brackets, escapes, weights, quotations, embeddings."""
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-"""`save_memory`: the UNet's layers really run again for the gradient, whichever hook the host has for that."""
+"""With `save_memory` the UNet's layers run again for the gradient, whichever hook the host offers."""
 from __future__ import annotations
 
 from collections import Counter
@@ -28,7 +28,7 @@ def layers(model) -> list[torch.nn.Module]:
 
 
 def inner_calls(scene: Scene, recompute: bool) -> Counter:
-    """How often a part inside each layer ran in one steered evaluation and the step's own passes."""
+    """Number of calls of a module inside each layer, in one steered evaluation and the step's own passes."""
     counted, handles = Counter(), []
     for number, layer in enumerate(layers(scene.model)):
         part = layer.in_layers[0] if isinstance(layer, ResBlock) else layer.norm

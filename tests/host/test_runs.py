@@ -1,4 +1,4 @@
-"""A run is found by what came out of it, and says what came of it."""
+"""A run is found by the latents that it returned, and its report gives the outcome."""
 from __future__ import annotations
 
 import gc
@@ -80,7 +80,7 @@ def test_a_latent_that_is_not_finite_finds_its_run(scene: Scene):
 
 
 def test_a_run_outlives_the_patched_model(scene: Scene):
-    """The host may evict the node that patches and keep the latent; it then executes that node again."""
+    """The host may drop the patching node from its cache, keep the latent, and execute that node again."""
     for apply, request in ((apply_capture, DOG), (apply_steering, scene.steering(step_size=1.0, max_updates=1))):
         patched, runs = apply(scene.model, request)
         samples = scene.sample(patched)
@@ -94,7 +94,7 @@ def test_a_run_outlives_the_patched_model(scene: Scene):
 
 
 def test_a_sampler_without_a_step(scene: Scene):
-    """One noise level is a schedule without a step: the host gives the noised latent back."""
+    """A schedule of one noise level has no step; the host returns the noised latent."""
     patched, runs = apply_steering(scene.model, scene.steering())
     given, plain = (custom(scene, model, empty(), levels=1)[0] for model in (patched, scene.model))
     maps, report, _ = SteeringResult.execute(runs, given).args
@@ -103,7 +103,7 @@ def test_a_sampler_without_a_step(scene: Scene):
 
 
 class Hidden:
-    """What the host tells a node of its prompt: Apply (1) -> sampler (2) -> Result (3), and a sampler beside them (4)."""
+    """The prompt as the host passes it to a node: Apply (1) -> sampler (2) -> Result (3), and another sampler (4)."""
 
     def __init__(self, sampler: str):
         self.unique_id = "3"
@@ -112,7 +112,7 @@ class Hidden:
 
 
 def test_a_latent_that_no_run_gave(scene: Scene):
-    """denoise 0: the host gives the latent back and calls nobody. A sampler that uses another model is an error."""
+    """With denoise 0 the host returns the latent and calls no wrapper. A sampler with another model is an error."""
     patched, runs = apply_steering(scene.model, scene.steering())
     latent = {"samples": torch.randn(1, 4, 16, 16)}
     out = ksampler(scene, patched, latent, denoise=0.0)
@@ -124,7 +124,7 @@ def test_a_latent_that_no_run_gave(scene: Scene):
 
 
 def test_two_stages_are_one_report(scene: Scene):
-    """KSamplerAdvanced up to step 2 and from there on; the second has nothing to steer."""
+    """KSamplerAdvanced up to step 2, then from step 2 on; the second stage has nothing to steer."""
     patched, runs = apply_steering(scene.model, scene.steering(end=0.3, stop_probability=1.0, max_updates=2))
     first = ksampler(scene, patched, empty(), last_step=2)
     second = ksampler(scene, patched, first, start_step=2, disable_noise=True)
@@ -142,7 +142,7 @@ def test_two_stages_are_one_report(scene: Scene):
 
 
 def test_an_empty_latent_is_no_stage(scene: Scene):
-    """A run may well give zeros (a noise mask of zeros does); an empty latent is not what it gave."""
+    """A run may return zeros, for instance with a noise mask of zeros. An empty latent must not be taken for its result."""
     patched, runs = apply_capture(scene.model, DOG)
     scene.sample(patched)
     runs.last.found_by(empty()["samples"])
@@ -160,7 +160,7 @@ def test_a_second_steering_node_is_an_error(scene: Scene):
 
 @pytest.mark.parametrize("free_memory", [2.0**50, 0.0], ids=["one batch", "one by one"])
 def test_captured_maps_do_not_depend_on_how_the_host_batches(scene: Scene, monkeypatch, free_memory: float):
-    """Short of memory the host runs the conditionings one by one, the last one first. The guider's first is read either way."""
+    """A host short of memory runs the conditionings one by one, last first. The guider's first is recorded in both cases."""
     first, second = tiny.conditioning(pack, PROMPT, seed=5), tiny.conditioning(pack, "a brown dog", seed=8)
     later = tiny.conditioning(pack, PROMPT, seed=9, start_percent=0.9)  # named first, but not active yet
     patched, runs = apply_capture(scene.model, DOG)
@@ -202,7 +202,7 @@ def test_a_conditioning_that_sleeps_is_a_warning(scene: Scene, caplog):
 
 
 def test_a_gradient_of_0_is_a_warning(scene: Scene, caplog):
-    """A conditioning of zeros: each word gets the same attention everywhere, whatever the latent."""
+    """With a conditioning of zeros, each word gets the same attention everywhere, whatever the latent."""
     zeroed = [[torch.zeros_like(scene.positive[0][0]), scene.positive[0][1]]]
     patched, runs = apply_steering(scene.model, scene.steering(max_updates=2))
     assert torch.equal(scene.sample(patched, positive=zeroed), scene.sample(positive=zeroed))
@@ -238,7 +238,7 @@ def test_an_overlay_without_maps_shows_the_picture_and_says_why(scene: Scene):
 
 
 def filed(log: RunLog, cells: int, steps: int = 2) -> tuple[Run, torch.Tensor]:
-    """A run with `steps` steps, each 4 * cells bytes of averages and 16 * cells bytes of heads."""
+    """A filed run with `steps` steps, each of 4 * cells bytes of averages and 16 * cells bytes of heads."""
     maps = tuple(StepMaps(step, 1.0, torch.rand(1, 1, 1, cells), torch.rand(1, 1, 4, 1, cells)) for step in range(steps))
     run, latent = Run(AttentionRecord(("dog",), (), maps), steps=steps), torch.rand(1, 4, 2, 2)
     run.found_by(latent)
@@ -269,7 +269,7 @@ def test_older_heads_are_kept_in_half_precision():
 
 
 class Clip:
-    """As much of the host's CLIP as encoding a prompt takes; `weights` stand for the text encoder."""
+    """The part of the host's CLIP that encoding a prompt needs; `weights` stand for the text encoder."""
 
     def __init__(self, weights):
         self.cond_stage_model, self.tokenizer, self.tokenizer_options = weights, SD1Tokenizer(), {}

@@ -1,4 +1,4 @@
-"""Each sampler of the host responds to steering as if its own latent had been moved; masks, stages, schedules in parts."""
+"""Each sampler of the host responds to steering as if its own latent had been moved; masks, stages, partial schedules."""
 from __future__ import annotations
 
 import dataclasses
@@ -69,7 +69,7 @@ def test_samplers_of_the_hosts_other_nodes(bench: Bench, name: str):
 
 
 def test_a_sampler_that_enlarges_the_latent(bench: Bench):
-    """Like lcm it keeps nothing of a move but what the model makes of it."""
+    """Like lcm, it keeps a move only through the model's response."""
     model = with_output(bench.scene.model, silent)
     patched, runs = apply_steering(model, bench.scene.steering(stop_probability=1.0, max_updates=1))
     sampler = ksampler(sample_lcm_upscale, total_upscale=2.0, upscale_steps=3)
@@ -108,7 +108,7 @@ def test_flow_models(flow_bench: Bench, name: str):
 
 @pytest.mark.parametrize("name", ["sa_solver_pece", "seeds_3"])
 def test_a_first_step_that_keeps_almost_nothing(flow_bench: Bench, name: str):
-    """An SDE solver's step from sigma 1 replaces the latent by noise; later steps keep their share of what is moved there."""
+    """An SDE solver's step from sigma 1 replaces the latent by noise. Later steps keep their share of a move."""
     sigmas = (1.0, 0.74, 0.65, 0.6, 0.5, 0.4, 0.35, 0.3)
     sampler = comfy.samplers.sampler_object(name)
     first = float(flow_bench.sampling.percent_to_sigma(1e-4))  # the host's own stand-in for 1
@@ -120,7 +120,7 @@ def test_a_first_step_that_keeps_almost_nothing(flow_bench: Bench, name: str):
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "lms", "ipndm", "deis", "gradient_estimation", "sa_solver",
                                   "sa_solver_pece", "uni_pc", "uni_pc_bh2"])
 def test_the_model_answers_to_the_move(bench: Bench, name: str):
-    """With the exact denoiser of normally distributed latents, whose output follows the latent."""
+    """The model is the exact denoiser of normally distributed latents, whose output depends on the latent."""
     sigmas = tuple(14.6 * (0.7 / 14.6) ** (k / 24) for k in range(25))
     sampler = comfy.samplers.sampler_object(name)
 
@@ -138,7 +138,7 @@ def test_the_model_answers_to_the_move(bench: Bench, name: str):
 
 @pytest.mark.parametrize("sampler", ["euler", "uni_pc", "sa_solver", "lms", "dpmpp_sde", "euler_ancestral_cfg_pp", "lcm"])
 def test_where_nothing_is_moved_the_result_is_bit_identical(scene: Scene, sampler: str):
-    """Outside the window, and inside it where each relation holds from the beginning."""
+    """This holds outside of the window, and inside it if every relation holds from the start."""
     plain = scene.sample(sampler=sampler, steps=4)
     for settings in ({"start": 0.9}, {"stop_probability": 0.0}):
         patched, runs = apply_steering(scene.model, scene.steering(**settings))
@@ -170,7 +170,7 @@ def comfy_sample(scene: Scene, model, sampler: str, latent: Tensor, **options) -
 
 
 def test_two_stages_do_what_one_does(scene: Scene):
-    """KSamplerAdvanced: the first stage hands over its noisy latent, moved; both stages steer."""
+    """KSamplerAdvanced: the first stage passes on its moved, noisy latent; both stages steer."""
     patched, runs = apply_steering(scene.model, scene.steering(stop_probability=1.0, max_updates=1, end=0.5))
     advanced, empty = host_nodes.KSamplerAdvanced(), {"samples": torch.zeros(1, 4, 16, 16)}
 
@@ -188,7 +188,7 @@ def test_two_stages_do_what_one_does(scene: Scene):
 
 
 def test_the_callback_is_shown_the_moved_latent(bench: Bench):
-    """And the model is asked about that latent, at the step and afterwards."""
+    """The model is evaluated at that latent too, at the step and afterwards."""
     asked, shown = [], []
 
     def output(x: Tensor, sigma: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def small_world() -> Scene:
 
 @pytest.mark.parametrize("sampler", ["uni_pc", "sa_solver_pece", "ipndm"])
 def test_steering_raises_the_probability(small_world: Scene, sampler: str):
-    """Of the opposite of the prompt, at the last steered step, before that step's own update; against moves of length 0."""
+    """Probability of the prompt's opposite at the last steered step, before its update, compared with moves of length 0."""
     probability = {}
     for step_size in (1e-9, 5.0):
         steering = small_world.steering(stop_probability=1.0, max_updates=1, end=0.45, step_size=step_size)

@@ -24,7 +24,7 @@ def all_pieces(prompt: TokenisedPrompt, stream: str) -> list[str]:
 
 
 def found(text: str, phrase: str, stream: str) -> tuple[str, int]:
-    """The pieces of the phrase, joined and without word marks, and how often the same pieces stand before them."""
+    """The phrase's pieces, joined and without word marks, and the number of equal sequences before them."""
     prompt = read(text)
     pieces, places = all_pieces(prompt, stream), prompt.find(phrase, stream)
     wanted = [pieces[place] for place in places]
@@ -92,11 +92,11 @@ def test_tokens_that_reach_into_punctuation_are_taken_whole():
 
 
 def test_a_word_without_tokens_of_its_own_is_named():
-    """T5 has one unknown token for neighbouring characters that it does not know, wherever the word ends."""
+    """T5 maps adjacent unknown characters to one token, across the border of a word."""
     assert found("a 狗 and a 鸟", "鸟", "t5xxl") == ("<unk>", 1)
     prompt = read("a ★狗 above a 鸟")
     assert prompt.find("狗", "l")
-    with pytest.raises(TokenError, match="input 'positive': in the prompt .* does not keep \"狗\" apart from what stands beside"):
+    with pytest.raises(TokenError, match="input 'positive': in the prompt .* does not keep \"狗\" apart from the text next to"):
         prompt.find("狗", "t5xxl")
 
 
@@ -108,7 +108,7 @@ def test_what_the_prompt_does_not_say(phrase: str):
 
 
 def test_words_over_the_end_of_a_chunk():
-    """75 tokens fit a chunk of CLIP: the phrase's second word is the first of the second chunk."""
+    """A CLIP chunk holds 75 tokens: the phrase's second word begins the second chunk."""
     prompt = TokenisedPrompt.read("green " * 74 + "teddy bear above (a dog:1.2)", SDXL)
     for stream in ("l", "g"):
         assert prompt.find("teddy bear", stream) == (75, 78) and prompt.find("green#74", stream) == (74,)
@@ -142,7 +142,7 @@ microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy
     ("a giraffe.", "giraffe", "gir a ffe"), ("a tv", "tv", "t v"), ("a tv remote", "tv remote", "t v ▁remote"),
     ("a (tv:1.2)", "tv", "t v"), ("tv", "tv", "t v"), ("a dog", "dog", "▁dog"), ("a red tv", "red tv", "▁red ▁ t v")])
 def test_a_t5_word_begins_at_the_first_token_with_text_of_its_own(text: str, phrase: str, pieces: str):
-    """T5 writes some words as a bare word mark and pieces; the mark is left out, for every classifier."""
+    """T5 splits some words into a bare word mark and pieces. The mark is left out, for every classifier."""
     prompt = read(text)
     whole, places = all_pieces(prompt, "t5xxl"), prompt.find(phrase, "t5xxl")
     assert [whole[place] for place in places] == pieces.split()

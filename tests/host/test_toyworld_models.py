@@ -1,4 +1,4 @@
-"""The small models are ordinary host objects: every stock node takes them, and they do what the model card says."""
+"""The small models are ordinary host objects: every stock node accepts them, and they behave as in the model card."""
 from __future__ import annotations
 
 import json
@@ -31,14 +31,14 @@ from dev.toyworld import pack, train  # noqa: E402
 
 @pytest.fixture(scope="module")
 def world() -> tuple:
-    """Loaded as the server loads it: under inference mode."""
+    """The small world, loaded in inference mode, as in the server."""
     with torch.inference_mode():
         return models.load_unet_world()
 
 
 @pytest.fixture(scope="module", params=["unet", "flux"])
 def either(request: pytest.FixtureRequest) -> tuple[tuple, Sampling, Layout]:
-    """Each model with its usual sampling settings and its world."""
+    """Each small model with its usual sampling settings."""
     with torch.inference_mode():
         return models.LOADERS[request.param](), SAMPLING[request.param], LAYOUTS[request.param]
 
@@ -228,7 +228,7 @@ def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", train.MODELS)
 def test_training_can_begin_with_exported_weights(name: str, tmp_path: Path) -> None:
-    """Same weights, and latents of the recipe's deviation, whatever deviation the file's were."""
+    """The weights are the file's; the latents have the recipe's deviation, whatever the file's."""
     first = train.Run(name, train.Clock(None, 100), tmp_path / "first", seed=0)
     first.transform = first.transform.rescaled(0.5, 0.0)
     first.save()

@@ -1,4 +1,4 @@
-"""`python -m training`: from the small world to a classifier file, going on, and clear errors."""
+"""`python -m training`: from the small world to a classifier file, resuming, and clear errors."""
 from __future__ import annotations
 
 import importlib
@@ -54,7 +54,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path, capsys: pytes
 
     monkeypatch.setattr(command, "_bar", stop)
     assert command.main(["build", str(tmp_path), *BUILD]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
     assert not (tmp_path / "manifest.json").exists()
     monkeypatch.setattr(command, "_bar", original)
     assert command.main(["build", str(tmp_path), *BUILD]) == 0

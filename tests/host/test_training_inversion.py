@@ -1,4 +1,4 @@
-"""Inversion through the host's models: pictures come back, and the maps are those of each picture's own words."""
+"""Inversion through the host's models reconstructs pictures and records the maps of each picture's own words."""
 from __future__ import annotations
 
 import dataclasses
@@ -52,7 +52,7 @@ class TinyClip:
 
 
 class TinyVae:
-    """Latents of the picture's own size: its colours and their mean."""
+    """A VAE whose latents have the picture's size: its colours and their mean."""
 
     def __init__(self, unit: int = 1) -> None:
         self.patcher, self.unit = patcher_of(torch.zeros(1)), unit

@@ -1,4 +1,4 @@
-"""Training reads a layout out of maps of the size that real ones have: each sums to 1 over its cells."""
+"""Training learns the layout from maps with the scale of real ones: each sums to 1 over its cells."""
 from __future__ import annotations
 
 import importlib
@@ -14,7 +14,7 @@ SPOTS = {"above": (3, 8, 12, 8), "below": (12, 8, 3, 8), "to the left of": (8, 3
 
 
 class Spots:
-    """Pictures that only say which relation they show."""
+    """A source whose pictures encode their relation only."""
 
     licence = "CC0"
 
@@ -64,7 +64,7 @@ def test_a_few_epochs_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class OtherSplits(Spots):
-    """The same pictures, some of which lie in another split."""
+    """The same pictures, some of them in another split."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -109,7 +109,7 @@ def test_holding_out_what_no_picture_shows_is_an_error(tmp_path: Path) -> None:
 
 
 class MixedMaps(SpotMaps):
-    """Channels 0 and 3 show the spots; channel 2 shows them the wrong way round, the others nothing."""
+    """Channels 0 and 3 show the spots, channel 2 shows them exchanged, the others show nothing."""
 
     def invert(self, images: torch.Tensor, texts: list, seeds: list):
         made = super().invert(images, texts, seeds)

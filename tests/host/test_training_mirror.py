@@ -1,4 +1,4 @@
-"""Maps turned over at random carry the relation that holds after it."""
+"""Randomly flipped maps are labelled with the relation that holds after the flip."""
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,4 @@
-"""The three training nodes, called as the host calls them: under inference mode."""
+"""The three training nodes, called in inference mode, as by the host."""
 from __future__ import annotations
 
 import importlib
@@ -30,7 +30,7 @@ def world() -> tuple:
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The host's output, input and classifier folders, elsewhere."""
+    """Redirects the host's output, input and classifier folders to a temporary folder."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, classifiers.FOLDER,
@@ -79,7 +79,7 @@ def test_queued_again_it_goes_on(world: tuple, folders: Path) -> None:
 
 
 class Bar:
-    """In the place of the host's progress bar: what was reported, and an interrupt after some reports."""
+    """Replaces the host's progress bar: keeps the reports, and interrupts after some of them."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.reports: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
 """Builds a dataset and trains on it, killed by SIGKILL at random moments; run by test_training_kill.py as a process.
 
-It is a process of its own because it forks: imports cost seconds, and there are many runs to kill.
+It runs in its own process because it forks: imports take seconds, and there are many runs to kill.
 """
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TinySource:
 
 
 class TinyMaps:
-    """Maps that follow from picture, caption and seed; some pictures reconstruct badly."""
+    """Maps determined by picture, caption and seed; some pictures are badly reconstructed."""
 
     least_psnr = 20.0
 
@@ -68,7 +68,7 @@ class TinyMaps:
 
 
 def killed_after(work: Callable[[], None], seconds: float) -> bool:
-    """Runs `work` in a child and kills it after `seconds`; whether that came before its end."""
+    """Runs `work` in a child process and kills it after `seconds`. Returns whether it was still running."""
     child = os.fork()
     if child == 0:
         work()
@@ -80,7 +80,7 @@ def killed_after(work: Callable[[], None], seconds: float) -> bool:
 
 
 def finish(work: Callable[[], None]) -> float:
-    """Runs `work` in a child to its end; returns the seconds. Raises where it fails."""
+    """Runs `work` in a child process to its end. Returns the seconds; raises if it fails."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:

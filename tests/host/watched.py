@@ -1,4 +1,4 @@
-"""Watches all memory that a run takes while its gradient is computed."""
+"""Tracks all memory that a run allocates while its gradient is computed."""
 from __future__ import annotations
 
 import torch
@@ -12,7 +12,7 @@ def storages(value) -> list[torch.UntypedStorage]:
 
 
 class Watched(TorchDispatchMode):
-    """Knows every storage that an operation made inside it, while the pack computes a gradient."""
+    """Records every storage allocated inside the context while the pack computes a gradient."""
 
     def __init__(self):
         super().__init__()

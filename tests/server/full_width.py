@@ -1,10 +1,10 @@
-"""Writes model files at the real widths with random weights, under the names that the workflows ask for.
+"""Writes model files of real width with random weights, under the names used in the workflows.
 
     python full_width.py sd21|flux MODELS_FOLDER
 
-Run as a process of its own (COMFYUI_PATH set), so that its memory is given back.
-FLUX has 1 of its 19 double and 2 of its 38 single blocks. T5-XXL has all its layers, in fp8 as the workflows advise where
-memory is short; only its embedding and its first block hold numbers, the rest are holes in the file that read as zeros.
+Run it in its own process (COMFYUI_PATH set), so that its memory is released.
+FLUX has 1 of its 19 double and 2 of its 38 single blocks. T5-XXL has all layers, in fp8, as the workflows advise for little
+memory. Only its embedding and first block hold values; the rest of the file is sparse and reads as zeros.
 """
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def write_flux(models: Path) -> None:
 
 
 def write(file: Path, module: torch.nn.Module, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """A safetensors file for a module on the meta device; what is not `wanted` is left as a hole."""
+    """Writes a safetensors file for a module on the meta device. Tensors that are not `wanted` stay sparse."""
     tensors, header, end = module.state_dict(), {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * dtype.itemsize

@@ -15,7 +15,7 @@ RUNNING = pytest.StashKey[Server]()
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Server:
-    """A running ComfyUI with this pack; its folder is `server.base`. In the stash, since two folders import this."""
+    """A running ComfyUI with this pack; its folder is `server.base`. Kept in the stash, because two folders import this."""
     if RUNNING not in request.config.stash:
         if "COMFYUI_PATH" not in os.environ:
             pytest.fail("COMFYUI_PATH is not set; start the tests with `python dev.py test`")

@@ -1,4 +1,4 @@
-"""The client that dev.py and the server tests use, against a real server."""
+"""The client of dev.py and the server tests, with a real server."""
 from __future__ import annotations
 
 import time

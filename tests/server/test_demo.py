@@ -65,7 +65,7 @@ def test_workflow_without_a_prompt_node_is_told(server: Server, tmp_path):
 
 
 def test_death_of_the_server_shows_its_log(stock_file, tmp_path, server: Server):
-    """Another server, since this one is killed."""
+    """Uses a separate server, because the test kills it."""
     with Server(server.python, server.host, pack=None) as other:
         other._process.kill()
         other._process.wait()

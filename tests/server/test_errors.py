@@ -1,4 +1,4 @@
-"""Wrong input, through the real server: the error names the node, the input and what to do; nothing else breaks."""
+"""Invalid input on the real server: the error names the node, the input and what to do; nothing else breaks."""
 from __future__ import annotations
 
 import pickle

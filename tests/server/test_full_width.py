@@ -1,6 +1,6 @@
-"""The workflows for real models as they ship, through the real server, on models of the real widths.
+"""The shipped workflows for real models on the real server, with models of real width.
 
-The weights are random, so nothing is said about pictures; files, loaders, shapes, memory and wiring are real.
+The weights are random, so pictures are not checked. Files, loaders, shapes, memory and wiring are real.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = {"width": 192, "height": 128, "steps": 3, "max_updates": 1}
 
 
 def workflows_with(loader: str) -> list:
-    """The shipped workflows with this loader node; the small world's and the training one have none."""
+    """The shipped workflows with this loader node. The small world's and the training workflow have none."""
     return [pytest.param(file, id=file.stem) for file in sorted(FOLDER.glob("*.json"))
             if any(node["type"] == loader for node in json.loads(file.read_text(encoding="utf-8"))["nodes"])]
 
@@ -66,7 +66,7 @@ def test_sd21_runs_to_the_end_at_real_width(sd21, server, file: Path):
 
 @pytest.mark.parametrize("file", workflows_with("UNETLoader"))
 def test_flux_runs_to_the_end_at_real_width(flux, server, file: Path):
-    """The server keeps T5 and what it encoded from one prompt to the next, as for a user."""
+    """The server caches T5 and the encoded prompt between prompts, as for a user."""
     run(server, file)
 
 

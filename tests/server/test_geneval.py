@@ -1,4 +1,4 @@
-"""`bench geneval`: folders as GenEval's evaluator reads them, through a real server, going on after a stop."""
+"""`bench geneval` on a real server: writes the folders that GenEval's evaluator reads, and resumes after a stop."""
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""What a run came to, as a user of the real server is told."""
+"""The report of a run, as shown to a user of the real server."""
 from __future__ import annotations
 
 import pytest
@@ -17,7 +17,7 @@ def node(kind: str, **inputs) -> dict:
 
 
 def patched(sampler: dict, **graph) -> dict:
-    """The small world with Apply, a sampler of the host, and Steering Result behind it."""
+    """The small world with Apply, a host sampler, and Steering Result."""
     prompt = small_world(**graph)
     settings = {name: prompt["sampler"]["inputs"][name] for name in SETTINGS}
     prompt["apply"] = node("LearnToSteerApply", model=["world", 0], graph=["graph", 0], classifier=["classifier", 0],
@@ -27,7 +27,7 @@ def patched(sampler: dict, **graph) -> dict:
 
 
 def changed(inputs: dict, **nodes) -> dict:
-    """The small world with other inputs of its sampler, and further nodes."""
+    """The small world with changed sampler inputs and additional nodes."""
     prompt = {**small_world(), **nodes}
     prompt["sampler"]["inputs"].update(inputs)
     return prompt

@@ -1,4 +1,4 @@
-"""Starting and stopping: the pack loads, the host's folder stays as it was, nothing is left behind."""
+"""Starting and stopping: the pack loads, the host's folder does not change, nothing is left behind."""
 from __future__ import annotations
 
 import os
@@ -43,7 +43,7 @@ def test_free_port_is_free():
 
 
 def older_copy(host: Path, folder: Path, version: str) -> Path:
-    """A ComfyUI made of links to `host`, which says that it has another version."""
+    """A ComfyUI made of links to `host` that reports another version."""
     folder.mkdir()
     for item in host.iterdir():
         (folder / item.name).symlink_to(item)

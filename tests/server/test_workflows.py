@@ -25,7 +25,7 @@ MISSING = {
     "personalised_lora": CHECKPOINT_FILES | {("LoraLoader", "lora_name")}, "flux_schnell_steering": FLUX_FILES,
     "multi_relation": FLUX_FILES,
 }
-"""Per workflow the fields that name a file which the user has to download."""
+"""Workflow -> fields that name a file to be downloaded by the user."""
 STAND_IN = {  # (loader, output) -> output of Load Small World
     ("CheckpointLoaderSimple", 0): 0, ("CheckpointLoaderSimple", 1): 1, ("CheckpointLoaderSimple", 2): 2,
     ("UNETLoader", 0): 0, ("DualCLIPLoader", 0): 1, ("VAELoader", 0): 2}
@@ -65,7 +65,7 @@ def test_every_node_says_which_pack_it_is_from(file: Path, object_info: dict):
 
 @pytest.mark.parametrize("name", SHEETS)
 def test_file_is_what_the_tool_writes(name: str, object_info: dict):
-    """Also after a change of a node's fields or defaults: `python -m workflows.build` writes the files anew."""
+    """Also after a change of a node's fields or defaults: `python dev.py run -m dev.workflows.build` writes the files again."""
     written = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     for node in written["nodes"]:
         lacking = {output["name"] for output in node["outputs"]} - {*object_info.get(node["type"], {}).get("output_name", ())}
@@ -114,7 +114,7 @@ def test_training_ends_in_a_file_that_the_loader_lists(server, object_info: dict
 
 
 def with_small_world(prompt: dict) -> dict:
-    """The prompt with the tiny model behind the same wires, at its own size, for a few steps."""
+    """The prompt with the small model on the same links, at its own size and with few steps."""
     loaders = {node_id: node["class_type"] for node_id, node in prompt.items()
                if (node["class_type"], 0) in STAND_IN}
     replaced = {node_id: node for node_id, node in prompt.items() if node_id not in loaders}
@@ -131,7 +131,7 @@ def with_small_world(prompt: dict) -> dict:
 
 @pytest.fixture
 def lora(server):
-    """A LoRA file under the name that the workflow asks for; its one tensor fits no layer, which the host only logs."""
+    """A LoRA file with the name used in the workflow. Its one tensor fits no layer, which the host only logs."""
     file = server.base / "models" / "loras" / "my_dog_lora.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"lora_unet_nothing.alpha": torch.ones(1)}, file)

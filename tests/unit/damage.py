@@ -1,4 +1,4 @@
-"""Damages classifier files at random, and reads each in a process of its own kind: a crash is a result, not the end."""
+"""Damages classifier files at random and reads them in a child process, so that a crash is a result."""
 from __future__ import annotations
 
 import io
@@ -25,7 +25,7 @@ JSON_VALUES = [value for value in VALUES if isinstance(value, (type(None), int, 
 
 
 def flip(rng: random.Random, content: bytes) -> bytes:
-    """Bits, often near the end, where a zip archive has its directory, or the beginning."""
+    """Flips bits, often near the end, where a zip archive has its directory, or near the beginning."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         place = rng.choice((rng.randrange(len(changed)), rng.randrange(min(400, len(changed))),
@@ -40,7 +40,7 @@ def cut(rng: random.Random, content: bytes) -> bytes:
 
 
 def swap(rng: random.Random, content: bytes) -> bytes:
-    """Two pieces change places, or one is written over another."""
+    """Exchanges two pieces, or overwrites one with another."""
     length = rng.choice((1, 4, 16, 64, 512))
     a, b = (rng.randrange(max(1, len(content) - length)) for _ in range(2))
     changed = bytearray(content)
@@ -50,7 +50,7 @@ def swap(rng: random.Random, content: bytes) -> bytes:
 
 
 def change_value(rng: random.Random, tree: object, values: list) -> object:
-    """One value at a random place becomes another one, or goes, or gets another name."""
+    """Changes, removes or renames one value at a random place."""
     places: list[tuple] = []
 
     def walk(node: object) -> None:
@@ -72,7 +72,7 @@ def change_value(rng: random.Random, tree: object, values: list) -> object:
 
 
 def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
-    """Opcodes of a pickle are left out, doubled, exchanged or replaced."""
+    """Removes, repeats, exchanges or replaces opcodes of a pickle."""
     places = [place for _, _, place in pickletools.genops(content)]
     pieces = [content[a:b] for a, b in zip(places, [*places[1:], len(content)], strict=True)]
     codes = [code.code.encode("latin-1") for code in pickletools.opcodes]
@@ -86,7 +86,7 @@ def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
 
 
 def rezip(content: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """A torch.save archive with another pickle in it."""
+    """A torch.save archive with its pickle replaced."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
@@ -95,7 +95,7 @@ def rezip(content: bytes, change: Callable[[bytes], bytes]) -> bytes:
 
 
 def with_metadata(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file in whose description a value is another one, or whose JSON is damaged as a text."""
+    """A safetensors file with a changed value in its description, or with damaged JSON text."""
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:8 + length])
     if rng.random() < 0.2:
@@ -112,7 +112,7 @@ def with_metadata(rng: random.Random, content: bytes) -> bytes:
 
 
 def with_value(rng: random.Random, content: bytes, legacy: bool) -> bytes:
-    """A published file in which a value is another one."""
+    """A published file with one changed value."""
     tree = torch.load(io.BytesIO(content), weights_only=False)
     for _ in range(rng.choice((1, 1, 3))):
         tree = change_value(rng, tree, VALUES)

@@ -1,4 +1,4 @@
-"""Reads files, each in a process of its own, and prints as JSON lines what came of it, the CPU seconds and the memory.
+"""Reads each file in its own process, and prints outcome, CPU seconds and memory as JSON lines.
 
     python measured.py LIST
 
@@ -31,9 +31,9 @@ def resident() -> int:
 
 
 def read_apart(read: Callable[[Path], object], path: Path, before: Callable[[], object]) -> dict:
-    """Reads `path` in a fork of this process, whose peak of memory and time the system reports when it ends.
+    """Reads `path` in a fork of this process. The system reports its time and peak memory when it ends.
 
-    before: what the fork does first and is not counted: code that is used takes memory too.
+    before: called first in the fork and not counted, because loading code takes memory too.
     """
     receiving, sending = os.pipe()
     child = os.fork()
@@ -61,6 +61,6 @@ if __name__ == "__main__":
     shipped = Path(__file__).resolve().parents[2] / "classifiers" / "weights"
     known = readers()
     known["classifier"](shipped / "toyworld_unet.safetensors")
-    for kind, file in json.loads(Path(sys.argv[1]).read_text()):
+    for kind, file in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         found = read_apart(known[kind], Path(file), lambda: known["classifier"](shipped / "toyworld_flux_geometric.safetensors"))
         print(json.dumps(found), flush=True)

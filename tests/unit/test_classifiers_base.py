@@ -1,4 +1,4 @@
-"""The checks that come before a classifier is used."""
+"""The checks before a classifier is used."""
 from __future__ import annotations
 
 import pytest

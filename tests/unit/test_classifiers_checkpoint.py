@@ -1,4 +1,4 @@
-"""Classifier files: the published format, our own, conversion, and everything that can be wrong with a file."""
+"""Classifier files: the published format, our format, conversion, and faults of files."""
 from __future__ import annotations
 
 import argparse
@@ -33,7 +33,7 @@ CHANNELS = 40
 
 
 def published(backbone="unet", channels=CHANNELS, **entries):
-    """A checkpoint as the paper's training script leaves it, numpy scalars and all."""
+    """A checkpoint as written by the paper's training script, including numpy scalars."""
     shape = published_files.SHAPES[backbone]
     return {
         **published_files.checkpoint(shape, channels),
@@ -280,7 +280,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, store, place):
 
 
 class Call:
-    """Calls a function of a module that is known as harmless when unpickled by an ordinary unpickler."""
+    """Calls a function of a module on the list of harmless ones, when unpickled by an ordinary unpickler."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -325,7 +325,7 @@ def test_allowing_harmless_types_ends_with_the_call(tmp_path):
 
 
 def test_pickles_are_read_without_torchs_and_pythons_own_readers(tmp_path, monkeypatch):
-    """Old PyTorch could be made to run code in spite of weights_only; nothing here depends on its version."""
+    """Old versions of PyTorch could run code despite weights_only. The pack does not depend on PyTorch's version."""
     path = write(tmp_path, published())
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, None)
@@ -335,7 +335,7 @@ def test_pickles_are_read_without_torchs_and_pythons_own_readers(tmp_path, monke
 
 @pytest.mark.parametrize("store", ["zip", "legacy"])
 def test_tensors_are_read_as_torch_reads_them(tmp_path, store):
-    """Views, shared storages, parameters, strides and types: compared with torch.load, which is trusted with our own file."""
+    """Views, shared storages, parameters, strides and types equal those of torch.load, which is safe for our own file."""
     whole = torch.arange(60, dtype=torch.float64).view(5, 12)
     tensors = {"view": whole[1:4, 2:9:3], "turned": whole.T, "same": whole, "half": torch.randn(3, 2).half(),
                "brain": torch.randn(7).bfloat16(), "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(torch.ones(2)),

@@ -36,7 +36,7 @@ def test_centre_and_extent_of_a_square():
 
 @pytest.mark.parametrize(("name", "direction"), DIRECTIONS.items())
 def test_exact_logits_for_all_directions(name, direction):
-    """Blocks of side 2/16 whose centres lie 8/16 apart per axis: every violation can be written down by hand."""
+    """Blocks of side 2/16 with centres 8/16 apart per axis: every violation can be computed by hand."""
     settings = GeometricSettings()
     dx, dy = direction
     subject, object = block(7 + 4 * dx, 7 + 4 * dy), block(7 - 4 * dx, 7 - 4 * dy)
@@ -154,7 +154,7 @@ def test_gradient_of_logits_and_spread_is_the_slope(weights):
 
 
 def test_weighted_channels_count_alike_however_strong_they_are():
-    """Channel 0 knows the place; channel 1 takes ten times the attention and points to the other side."""
+    """Channel 0 is right; channel 1 has ten times the attention and points to the other side."""
     subject, object = (torch.cat([block(x, 7, channels=1) + 1, 10 * block(other, 7, channels=1) + 3], dim=1)
                        for x, other in ((2, 12), (12, 2)))
     left = relation_indices(GeometricClassifier(), ["to the left of"])[0]
@@ -183,7 +183,7 @@ def test_flat_maps_favour_no_side():
 
 
 def test_doubled_object_is_penalised_by_its_spread_and_by_pairs():
-    """The subject above the object, and once more below it: the mean hides it, the two terms do not."""
+    """The subject appears above and below the object. The mean position hides this; the two terms do not."""
     single = block(7, 1)
     doubled = single + block(7, 13, value=0.6)
     object = block(7, 9)

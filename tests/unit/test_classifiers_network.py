@@ -1,4 +1,4 @@
-"""The network against a second computation written from docs/method.md with plain tensor operations."""
+"""The network equals a second computation, written from docs/method.md with plain tensor operations."""
 from __future__ import annotations
 
 import math
@@ -99,7 +99,7 @@ def expected_logits(subject, object, steps, weights, config):
 
 
 def random_network(config, channels, relations=5, seed=0):
-    """Every parameter random, norms and biases too: at their start values a swapped one would go unnoticed."""
+    """A network with random parameters, norms and biases included: with initial values, a swap would go unnoticed."""
     network = RelationNetwork(config, channels, relations)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_gradient_of_the_learned_loss_agrees_with_finite_differences():
 
 
 def test_gradients_pass_after_making_it_under_inference_mode():
-    """The host runs nodes under inference mode; the steering switches it off later."""
+    """The host runs nodes in inference mode; steering leaves it later."""
     with torch.inference_mode():
         classifier = learned().to("cpu")
     subject, object = random_stacks(20)

@@ -1,4 +1,4 @@
-"""Files as the paper's authors publish them, made from the documented names and shapes, against logits from PyTorch's layers."""
+"""Files with the documented names and shapes of published ones give the same logits as PyTorch's layers."""
 from __future__ import annotations
 
 import logging
@@ -49,7 +49,7 @@ def test_a_published_file_gives_the_documented_logits(tmp_path, name: str):
 
 
 def test_of_the_heads_position_table_the_first_row_alone_is_used(tmp_path):
-    """Published files hold 256 rows. The same file with one row, and with other rows behind it, gives the same bits."""
+    """Published files hold 256 rows. A file with one row, or with other rows after the first, gives the same bits."""
     weights = published.random_weights(published.SD, 1368, contrast=100)
     assert weights[TABLE].shape == (1, 256, 32)
     tables = {"rows": weights[TABLE], "row": weights[TABLE][:, :1], "flat": weights[TABLE][0],

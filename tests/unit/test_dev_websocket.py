@@ -1,4 +1,4 @@
-"""The WebSocket reader, against bytes written as RFC 6455 says."""
+"""The WebSocket reader with bytes written by RFC 6455."""
 from __future__ import annotations
 
 import socket

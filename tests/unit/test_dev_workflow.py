@@ -1,4 +1,4 @@
-"""Saved workflow -> prompt, on small handmade graphs with a handmade `/object_info`."""
+"""Conversion of saved workflows to prompts, on small handmade graphs and `/object_info`."""
 from __future__ import annotations
 
 import pytest

@@ -1,6 +1,6 @@
-"""Files made to harm: none makes the process follow its pointers, take gigabytes or minutes, or end; each is refused in words.
+"""Hostile files: each is refused with a message; none makes the process read foreign memory, take gigabytes or minutes, or crash.
 
-measured.py reads each in a process of its own and reports what the system counted.
+measured.py reads each file in its own process and reports the system's counts.
 """
 from __future__ import annotations
 
@@ -128,12 +128,12 @@ def beginning_lost(path: Path) -> None:
 
 
 def colliding_keys() -> bytes:
-    """A dict whose 100,000 names, numbers with one hash, are each compared with all before."""
+    """A dict with 100,000 numeric keys of the same hash: each is compared with all earlier keys."""
     return pickle.dumps({number * (2**61 - 1): None for number in range(100_000)})
 
 
 def nested_key() -> bytes:
-    """A tuple of tuples, shared by reference, whose hash takes 2 to the 60th steps."""
+    """A tuple of tuples, shared by reference, whose hash takes 2^60 steps."""
     return b"\x80\x02}(" + b"K\x01" + b"\x86".join([b"2"] * 61) + b"\x86NuN0."
 
 

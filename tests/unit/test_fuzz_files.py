@@ -1,6 +1,6 @@
-"""Thousands of damaged classifier files: each is refused in words that name it, or is of use; none crashes or takes much.
+"""Thousands of damaged classifier files: each is usable or refused with its name; none crashes or takes much memory or time.
 
-`python dev.py test -m fuzz` runs 5,000; a short selection runs always. damage.py reads them in a process of its own.
+`python dev.py test -m fuzz` runs 5,000 files; a short selection always runs. damage.py reads them in its own process.
 """
 from __future__ import annotations
 

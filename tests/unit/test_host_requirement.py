@@ -1,4 +1,4 @@
-"""The oldest ComfyUI: one number for the registry, for the log and for the tests, and a sentence for those below it."""
+"""The oldest ComfyUI: one number for the registry, the log and the tests, and a message on older hosts."""
 from __future__ import annotations
 
 import re
@@ -13,7 +13,7 @@ from dev import environment
 
 @pytest.fixture
 def running(monkeypatch):
-    """Pretends that a ComfyUI of some version is running; None: one that does not name its version."""
+    """Simulates a ComfyUI of a version; None: one that does not name its version."""
     def version(text: str | None) -> None:
         module = None if text is None else SimpleNamespace(__version__=text)
         monkeypatch.setitem(sys.modules, "comfyui_version", module)

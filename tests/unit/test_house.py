@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom. Reads the imports of the source as text."""
+"""The rooms of the house and the imports allowed between them. Parses the source without importing it."""
 from __future__ import annotations
 
 import ast
@@ -32,7 +32,7 @@ def sources(folder: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Absolute names of everything that a file imports, also inside functions; relative ones under learn_to_steer."""
+    """Absolute names of all imports of a file, also inside functions. Relative imports are resolved under learn_to_steer."""
     package = (PACK, *path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 @pytest.mark.parametrize("folder", ["dev", "tests"])
 def test_pack_code_has_one_name(folder: str):
-    """`from classifiers...` would load a second copy of each class, which `isinstance` and `except` then miss."""
+    """`from classifiers...` would load a second copy of each class, which `isinstance` and `except` do not match."""
     for path in sources(folder):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and not node.level and node.module:

@@ -1,4 +1,4 @@
-"""What the sources refer to in docs/method.md is there, and its numbers are the code's."""
+"""docs/method.md has every section that the sources refer to, and its numbers equal the code's."""
 from __future__ import annotations
 
 import re

@@ -1,4 +1,4 @@
-"""Heat maps, overlays, sheets and charts: sizes, colours, marks in the right place, and inputs that are not nice."""
+"""Heat maps, overlays, sheets and charts: sizes, colours, positions of marks, and unusual inputs."""
 from __future__ import annotations
 
 import math
@@ -40,7 +40,7 @@ def check_picture(picture: torch.Tensor, height: int | None = None, width: int |
 
 
 def near(picture: torch.Tensor, colour: tuple[int, int, int], tolerance: float = 0.03) -> torch.Tensor:
-    """[H, W] booleans: which pixels have this colour."""
+    """Mask [H, W] of the pixels with this colour."""
     return ((picture - torch.tensor(colour) / 255).abs() < tolerance).all(-1)
 
 

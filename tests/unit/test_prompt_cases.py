@@ -1,4 +1,4 @@
-"""Prompts written by hand, each with what a careful reader means: relations, and what is told as not understood."""
+"""Handwritten prompts, each with a careful reader's relations and the words reported as not understood."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Relations: what is read from prompts and lines, what is a contradiction, what the errors say."""
+"""Relations: reading from prompts and lines, contradictions, and error messages."""
 from __future__ import annotations
 
 import itertools
@@ -324,7 +324,7 @@ def test_build_graph_refuses_contradictions(prompt):
 
 
 def test_given_relations_are_cleaned_as_lines_are():
-    """What "Spatial Relation" hands on: with article, emphasis or occurrence."""
+    """Relations from "Spatial Relation" nodes, with article, emphasis or occurrence."""
     given = Relation("a (dog:1.2)", ("above",), "the cat#2")
     assert build_graph("", extra=[given]).prompt == "a photo of a dog above another cat"
     assert build_graph("a cat and another cat, a dog", extra=[given]).phrases == ("dog", "cat#2")

@@ -1,4 +1,4 @@
-"""In-place operations cannot spoil a backward pass."""
+"""In-place operations cannot corrupt a backward pass."""
 from __future__ import annotations
 
 import gc
@@ -51,7 +51,7 @@ def test_scopes_can_be_nested() -> None:
 
 
 def test_a_new_tensor_in_freed_memory_is_not_taken_for_the_old_one() -> None:
-    """What torch's own context manager gets wrong now and then: many short-lived tensors of one size."""
+    """Many short-lived tensors of one size, with which torch's own context manager sometimes fails."""
     leaf = torch.linspace(1, 2, 32, dtype=torch.float64, requires_grad=True)
     for _ in range(20):
         with mutation_of_saved_tensors():
@@ -92,7 +92,7 @@ def test_a_backward_pass_outside_says_so() -> None:
 
 
 def test_a_graph_that_saves_its_own_results_goes_when_nobody_holds_it() -> None:
-    """Still in the scope, and without a collector: softmax and normalisation keep what they gave for their backward."""
+    """Inside the scope and without a garbage collector: softmax and normalisation save their results for backward."""
     leaf = torch.ones(3, requires_grad=True)
     gc.disable()
     try:

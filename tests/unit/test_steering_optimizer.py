@@ -1,4 +1,4 @@
-"""One denoising step's updates on plain tensors: targets, turns, gradients that are 0 or not finite."""
+"""The updates of one denoising step on plain tensors: targets, turns, gradients that are 0 or not finite."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def steer(loss_of: Callable[[Tensor], Tensor], start: Tensor, settings: Steering
 
 
 def constant(*losses: float) -> Callable[[Tensor], Tensor]:
-    """Losses that stay what they are, each with a gradient of 1 for a cell of its own."""
+    """Constant losses, each with a gradient of 1 in its own cell."""
     values = torch.tensor(losses, dtype=torch.float64)
     return lambda latent: values + (latent - latent.detach())[:, :len(losses)]
 
@@ -61,7 +61,7 @@ def test_the_papers_loss_targets_by_step_index(step: int, target: float):
 
 
 def test_turns_begin_with_the_first_relation_in_each_step():
-    """Cell k is moved by relation k alone: 16 updates of three relations are 6, 5 and 5, in every step alike."""
+    """Relation k moves cell k alone: of 16 updates, three relations get 6, 5 and 5, in every step."""
     for step in (0, 1, 7):
         moved, _, _ = steer(constant(1.0, 1.0, 1.0), torch.zeros(1, 3, dtype=torch.float64), PAPER, step)
         assert (moved / -5).tolist() == [[6, 5, 5]]
@@ -87,7 +87,7 @@ def test_all_relations_at_once_are_stopped_by_all_of_them():
 
 
 def test_a_picture_that_ended_its_step_stays_as_it_is():
-    """The first picture ends at relation 1's turn, although relation 0 is far from its target when its turn comes again."""
+    """The first picture ends at relation 1's turn, although relation 0 is far from its target at its next turn."""
     def losses(latent: Tensor) -> Tensor:
         values = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
         return values + (latent - latent.detach())[:, :2]
@@ -168,7 +168,7 @@ def test_a_picture_that_is_not_finite_leaves_the_others_alone():
 
 @pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-20, 1.0, 1e20, 1e30])
 def test_the_length_of_a_normalised_move_does_not_depend_on_the_gradients(size: float):
-    """Squares of 1e-30 and 1e30 leave the range of single precision."""
+    """The squares of 1e-30 and 1e30 underflow and overflow in single precision."""
     gradient = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8) * size
     move = displacement(gradient, SteeringSettings(step_size=2.5))
     assert move.square().mean().sqrt() == pytest.approx(0.025, rel=1e-3)

@@ -1,4 +1,4 @@
-"""What a report says came of a run, read from its records alone."""
+"""A report's effect, warnings and notes follow from its records alone."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from learn_to_steer.steering.report import SteeringReport, UpdateRecord
 
 
 def record(step: int, outcome: str, *norms: float) -> UpdateRecord:
-    """One evaluation; as many pictures as norms, each moved where the outcome says so."""
+    """A record of one evaluation with one picture per norm; the pictures moved if the outcome is "moved"."""
     return UpdateRecord(step, 0, 1.0, 0.1, (1.0,) * len(norms), ((0.5,),) * len(norms), norms or None,
                         (outcome == "moved",) * len(norms), outcome, 0.0)
 
@@ -38,7 +38,7 @@ def test_effect(records, effect: str):
     ([record(0, "non-finite gradient", float("inf"))], (), "in 1 of 1 updates the gradient was not finite, so steering"),
 ], ids=["inactive", "unseen", "flat", "not finite"])
 def test_all_of_a_run_is_a_warning_and_a_part_of_it_a_note(records, inactive, words: str):
-    """A warning stands in the first line; a note does not claim more than is so."""
+    """A warning is the first line; a note does not exaggerate."""
     whole, partly = (report(*found, inactive=tuple(inactive)) for found in (records, [*records, record(7, "moved", 1.0)]))
     (warning,) = whole.warnings
     assert words in warning and not whole.remarks and whole.to_text().startswith(f"WARNING: {warning}\neffect: none")
@@ -48,7 +48,7 @@ def test_all_of_a_run_is_a_warning_and_a_part_of_it_a_note(records, inactive, wo
 
 
 def test_two_reasons_share_a_run():
-    """Each explains a part, and together nothing was steered."""
+    """Each reason explains a part of the run, and together nothing was steered."""
     whole = report(record(0, "not recorded"), record(1, "not recorded"), inactive=(1,))
     assert len(whole.warnings) == 2 and not whole.remarks and all("in 1 of 2 steps" in warning for warning in whole.warnings)
 

@@ -1,4 +1,4 @@
-"""The detector finds every object of the generator, nothing else, and judges relations by GenEval's rule."""
+"""The detector finds exactly the drawn objects, and judges relations by GenEval's rule."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def draw(count: int, seed: int) -> list[Scene]:
 
 
 def compare(scenes: list[Scene], images: np.ndarray, threshold: float = THRESHOLD) -> tuple[int, int, list[float]]:
-    """Objects missed, detections that are no object, and distances of the centres in pixels."""
+    """Numbers of missed objects and of false detections, and distances between centres in pixels."""
     missed = extra = 0
     errors = []
     for scene, found in zip(scenes, detect(images, threshold), strict=True):
@@ -64,7 +64,7 @@ def test_blur_and_noise_are_tolerated() -> None:
 
 
 def test_neighbours_with_overlapping_boxes_are_found() -> None:
-    """Boxes that share a corner of a few pixels, as models draw them; the shapes hardly touch."""
+    """Boxes share a corner of a few pixels, as in a model's pictures; the shapes hardly touch."""
     rng = np.random.default_rng(8)
     images, wanted = [], []
     for _ in range(120):

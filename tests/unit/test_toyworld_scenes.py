@@ -1,4 +1,4 @@
-"""Scenes: what is drawn is what the boxes say, captions name the objects, and the relation word is unreliable."""
+"""Scenes: the drawing fits the boxes, captions name the objects, and their relation is unreliable."""
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Killed at random moments 20 times by SIGKILL, dataset and classifier come out as if nothing had happened."""
+"""Killed by SIGKILL 20 times at random moments, building and training still give the same dataset and classifier."""
 from __future__ import annotations
 
 import json
@@ -37,6 +37,6 @@ def test_kills_leave_no_trace(tmp_path: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents by path; the optimiser's state is no result."""
+    """File contents by path, without the optimiser's state."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "state.pt"}

@@ -88,7 +88,7 @@ def test_only_pictures_that_are_there_count_for_the_quota(tmp_path: Path, caplog
 
 
 class Grey:
-    """Maps of nothing, for what is built from which pictures."""
+    """A map maker with constant maps, for tests of which pictures are used."""
 
     least_psnr = 0.0
 

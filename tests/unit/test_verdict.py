@@ -1,4 +1,4 @@
-"""The one line about the demonstration's pictures, on scenes drawn for the purpose."""
+"""The one-line verdict on the demonstration's pictures, with drawn scenes."""
 from __future__ import annotations
 
 import subprocess
@@ -16,7 +16,7 @@ from dev.environment import ROOT
 
 
 def picture(**places: tuple[int, int]) -> np.ndarray:
-    """A scene with each noun's centre at (x, y) of 64; uint8 [64, 64, 3]."""
+    """A scene, uint8 [64, 64, 3], with each noun's centre at (x, y) in pixels."""
     canvas = background(np.random.default_rng(0)).astype(float)
     for name, (x, y) in places.items():
         colours, opacity = sprite(name.rstrip("0123456789").replace("_", " "), 18)
