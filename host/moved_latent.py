@@ -1,4 +1,4 @@
-"""The latent that steering moves, beside the sampler's own."""
+"""The latent that steering moves, kept beside the sampler's own."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from .stepping import SteeringError
 
 
 class MovedLatent:
-    """The steered latent: the sampler's own, which is never written to, and the move beside it."""
+    """The steered latent: the sampler's own latent plus the move. The sampler's tensor is never written to."""
 
     def __init__(self, rehearsal: Rehearsal):
         self.rehearsal = rehearsal
         self.evaluations = 0
         self._reported: set[int] = set()
-        self._move: Tensor | None = None  # as it was at the step `_since`
+        self._move: Tensor | None = None  # the move at step `_since`
         self._since = 0
-        self._own: Tensor | None = None  # what the sampler handed over last
+        self._own: Tensor | None = None  # the latent that the sampler handed over last
 
     def handed(self, x: Tensor) -> tuple[int | None, Tensor]:
-        """For the sampler's own latent at its next evaluation: the step that begins with it, if any, and the moved latent."""
+        """Takes the sampler's latent at its next evaluation. Returns the step that begins here (or None), and x with the move."""
         self._own = x
         self.evaluations += 1
         return self.rehearsal.begins.get(self.evaluations - 1), self._with_move(x, self.evaluations - 1)
 
     def moved(self, move: Tensor) -> Tensor:
-        """Adds a move at the step that just began; the moved latent."""
+        """Adds a move at the step that just began. Returns the moved latent."""
         call = self.evaluations - 1
         before = self._moved_by(call)
         self._move, self._since = move if before is None else before + move, self.rehearsal.begins[call]
@@ -37,7 +37,7 @@ class MovedLatent:
         return self._with_move(own, -1)
 
     def watched(self, callback: Callable | None) -> Callable:
-        """The host's callback, which is shown the moved latent; checks that the run goes as it was rehearsed."""
+        """The host's callback, called with the moved latent. Raises SteeringError where the run departs from its rehearsal."""
         def wrapped(info: dict) -> None:
             step = info["i"]
             if self.rehearsal.kept and step not in self._reported and self.evaluations != self.rehearsal.reported.get(step):
