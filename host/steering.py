@@ -26,13 +26,14 @@ from .other_packs import what_to_do
 from .records import Run
 from .rehearsal import MovedLatent, rehearse
 from .saved_tensors import InPlaceWriteTracker
-from .session import NOTHING_SEEN, Session, map_grid
+from .session import COMPILED, NOTHING_SEEN, Session, map_grid, without_wrappers
 from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
-STEP_CACHES = ("easycache",)
-"""Keys of the host's wrappers that answer from an earlier step instead of running the model. A gradient needs the model, and
-an evaluation at a moved latent is no step for a cache to count."""
+FOR_SAMPLING_ALONE = ("easycache", COMPILED)
+"""Keys of the host's wrappers that steering passes go round. A step cache answers from an earlier step instead of running the
+model; a gradient needs the model, and an evaluation at a moved latent is no step for a cache to count. A compiled network or
+block stands in the place of the one that is recorded, recomputed and differentiated, and would be compiled anew for it."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,7 @@ class SteeringSession(Session):
         model_options = arguments["model_options"]
         transformer_options = {**model_options.get("transformer_options", {}), FORWARD_KEY: self.recorder.forward,
                                "optimized_attention_override": differentiable_attention}
-        transformer_options["wrappers"] = {
-            kind: {key: wrappers for key, wrappers in by_key.items() if key not in STEP_CACHES}
-            for kind, by_key in transformer_options.get("wrappers", {}).items()}
+        transformer_options = without_wrappers(transformer_options, FOR_SAMPLING_ALONE)
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
             self.network, transformer_options, self.recorder, self.memory.recompute)}
         model_options.pop("multigpu_clones", None)  # the host evaluates on several GPUs without a gradient

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny
+
 import torch
 from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
@@ -12,7 +12,6 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfy_extras.nodes_tomesd import TomePatchModel
 from conftest import Scene
 from stack import STEPS, assert_steers, same
 from test_gradient import ImagePrompt
