@@ -9,10 +9,10 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from conftest import Scene
 from learn_to_steer.host.capturing import Capture
 from learn_to_steer.host.patching import apply_capture, apply_steering
-from stack import assert_steers, same
+from stack import assert_steers, run, same
 from test_kontext import FluxScene
 
-UNET_BLOCK, FLUX_BLOCK = "diffusion_model.middle_block.0", "diffusion_model.double_blocks.1"
+UNET_PART, FLUX_BLOCK = "diffusion_model.middle_block.1.transformer_blocks.0.ff", "diffusion_model.double_blocks.1"
 
 
 class Compiling:
@@ -45,8 +45,8 @@ class Compiling:
 
 
 @pytest.mark.parametrize("below", [False, True], ids=["above", "below"])
-def test_a_block_of_the_unet(scene: Scene, below: bool):
-    compiling = Compiling(UNET_BLOCK)
+def test_a_part_of_the_unet(scene: Scene, below: bool):
+    compiling = Compiling(UNET_PART)
     before, after = (same, compiling) if below else (compiling, same)
     assert_steers(scene, before, after, recompute=(not below,))
     assert compiling.passes and compiling.seen == {(False, True), (True, False)}
@@ -55,13 +55,16 @@ def test_a_block_of_the_unet(scene: Scene, below: bool):
 def test_a_block_of_flux():
     """Recomputation has to know the block that the host runs."""
     compiling = Compiling(FLUX_BLOCK)
-    assert_steers(FluxScene(references=()), compiling, recompute=(True,), size=(8, 8))
+    _, records = run(FluxScene(references=()), compiling, same, {"size": (8, 8), "cfg": 1.0}, recompute=True,
+                     stop_probability=1.0, max_updates=1, end=0.2)
+    assert {record.outcome for record in records} == {"moved"}
     assert compiling.passes and compiling.seen == {(False, True), (True, False)}
 
 
 def test_the_whole_network_once_compiled_is_still_read():
     """The node drops the guards on the host's options, where recording stands, so a graph of an earlier run would be taken."""
-    scene = Scene(overrides={"channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [1], "transformer_depth_output": [0, 0]})
+    scene = Scene(overrides={"channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [1],
+                             "transformer_depth_output": [0, 0]})
     compiling = Compiling("diffusion_model")
     model = compiling(scene.model)
     plain = scene.sample(model, steps=1, cfg=1.0)

@@ -98,9 +98,10 @@ def gligen(scene: Scene, tmp_path: Path):
         fuser.alpha_attn.data.fill_(0.5)
         fuser.alpha_dense.data.fill_(0.5)
         weights.update({f"input_blocks.{number}.fuser.{name}": value for name, value in fuser.state_dict().items()})
-    comfy.utils.save_torch_file({name: value.contiguous() for name, value in weights.items()}, str(tmp_path / "gligen.safetensors"))
+    path = str(tmp_path / "gligen.safetensors")
+    comfy.utils.save_torch_file({name: value.contiguous() for name, value in weights.items()}, path)
     with torch.inference_mode():
-        return comfy.sd.load_gligen(str(tmp_path / "gligen.safetensors"))
+        return comfy.sd.load_gligen(path)
 
 
 class Encoder:
@@ -159,7 +160,8 @@ PROMPTS = {
 @pytest.mark.parametrize("text", PROMPTS, ids=["weights", "brackets", "embedding", "two chunks"])
 def test_a_prompt(text: str, tmp_path: Path):
     """The word's maps are those of its own columns in the cross-attention, and steering follows them."""
-    torch.save({"string_to_param": {"*": torch.randn(3, 32, generator=torch.Generator().manual_seed(9))}}, tmp_path / "my_style.pt")
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(9))
+    torch.save({"string_to_param": {"*": vectors}}, tmp_path / "my_style.pt")
     scene, seen = Scene(), []
     with torch.inference_mode():
         clip = tiny_clip(tmp_path)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import pytest
-
 import torch
 from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
