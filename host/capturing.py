@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..steering.attention import AttentionMaps
-from .session import NOTHING_SEEN, Session, map_grid
+from .session import COMPILED, NOTHING_SEEN, Session, map_grid, without_wrappers
 from .stepping import SampledModel
 
 
@@ -46,8 +46,10 @@ class CaptureSession(Session):
         window = self.schedule.window(self.capture.start, self.capture.end)
         step = 0
         model_options = extra_args["model_options"]
+        # A compiled network may skip what is put into its options: the host's node has no guard on them.
+        options_of_blocks = without_wrappers(model_options.get("transformer_options", {}), (COMPILED,))
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
-            self.network, model_options.get("transformer_options", {}), self.recorder, recompute_blocks=False)}
+            self.network, options_of_blocks, self.recorder, recompute_blocks=False)}
 
         def around(model, x, sigma, arguments):
             self.recorder.active = step in window and self.choose(x, sigma) is not None

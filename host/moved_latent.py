@@ -67,5 +67,5 @@ class MovedLatent:
         return self._move * kept[call] if kept[call] else None
 
     def _unlike_rehearsal(self) -> SteeringError:
-        return SteeringError(f"{self.rehearsal.sampler} evaluates the model another number of times than in its rehearsal, so "
-                             f"it cannot be steered. {ADVICE}")
+        return SteeringError(f"{self.rehearsal.sampler} cannot be steered: the number of evaluations differs from its rehearsal. "
+                             f"{ADVICE}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import comfy.samplers
 from torch import Tensor
@@ -22,6 +22,7 @@ from .tokens import find_columns
 log = logging.getLogger("learn_to_steer")
 NOTHING_SEEN = ("Another pack skips or replaces the model's blocks (a step cache, a replaced attention). Take it out of the "
                 "model's line")
+COMPILED = "torch.compile"  # the host's key of the wrapper that puts compiled modules in the network's place
 
 
 class Session:
@@ -131,6 +132,13 @@ class Session:
         if not maps.steps:
             log.warning("%s", "; ".join(maps.notes))
         return Run(maps, None, self.schedule.steps)
+
+
+def without_wrappers(transformer_options: dict, keys: Collection[str]) -> dict:
+    """A copy of the host's options without the wrappers of these keys."""
+    wrappers = {kind: {key: value for key, value in by_key.items() if key not in keys}
+                for kind, by_key in transformer_options.get("wrappers", {}).items()}
+    return {**transformer_options, "wrappers": wrappers}
 
 
 def map_grid(x: Tensor, longest: int) -> tuple[int, int]:

@@ -27,13 +27,20 @@ from .other_packs import what_to_do
 from .records import Run
 from .rehearsal import rehearse
 from .saved_tensors import InPlaceWriteTracker
-from .session import NOTHING_SEEN, Session, map_grid
+from .session import COMPILED, NOTHING_SEEN, Session, map_grid, without_wrappers
 from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
+<<<<<<< HEAD
 STEP_CACHES = ("easycache",)
 """Keys of the host's step caches, which skip the model and reuse the output of an earlier step. They are removed from steering
 passes: a gradient needs the model, and the cache must not count an evaluation at a moved latent as a step."""
+=======
+FOR_SAMPLING_ALONE = ("easycache", COMPILED)
+"""Keys of the host's wrappers that steering passes go round. A step cache answers from an earlier step instead of running the
+model; a gradient needs the model, and an evaluation at a moved latent is no step for a cache to count. A compiled network or
+block stands in the place of the one that is recorded, recomputed and differentiated, and would be compiled anew for it."""
+>>>>>>> stack
 
 
 @dataclass(frozen=True)
@@ -157,9 +164,7 @@ class SteeringSession(Session):
         model_options = arguments["model_options"]
         transformer_options = {**model_options.get("transformer_options", {}), FORWARD_KEY: self.recorder.forward,
                                "optimized_attention_override": differentiable_attention}
-        transformer_options["wrappers"] = {
-            kind: {key: wrappers for key, wrappers in by_key.items() if key not in STEP_CACHES}
-            for kind, by_key in transformer_options.get("wrappers", {}).items()}
+        transformer_options = without_wrappers(transformer_options, FOR_SAMPLING_ALONE)
         model_options = {**model_options, "transformer_options": self.backbone.instrument(
             self.network, transformer_options, self.recorder, self.memory.recompute)}
         model_options.pop("multigpu_clones", None)  # the host's evaluation on several GPUs has no gradient

@@ -32,9 +32,9 @@ class Scene:
         return Steering(graph or self.graph, classifier or GeometricClassifier(), SteeringSettings(**settings))
 
     def sample(self, model=None, sampler: str = "euler", steps: int = 5, cfg: float = 3.0, seed: int = 7, batch: int = 1,
-               size: tuple[int, int] = (16, 16), positive=None, **options):
+               size: tuple[int, int] = (16, 16), channels: int = 4, positive=None, **options):
         with torch.inference_mode():
-            latent = torch.zeros(batch, 4, *size)
+            latent = torch.zeros(batch, channels, *size)
             noise = comfy.sample.prepare_noise(latent, seed)
             return comfy.sample.sample(model or self.model, noise, steps, cfg, sampler, "normal", positive or self.positive,
                                        self.negative, latent, seed=seed, disable_pbar=True, **options)

@@ -17,9 +17,9 @@ TINY_FLUX = {
 }
 
 
-def tiny_flux(guidance: bool = True, dtype: torch.dtype = torch.float32) -> comfy.model_base.Flux:
+def tiny_flux(guidance: bool = True, dtype: torch.dtype = torch.float32, channels: int = 4) -> comfy.model_base.Flux:
     """The host's BaseModel over TINY_FLUX: dev with guidance, schnell without."""
-    settings = {**TINY_FLUX, "guidance_embed": guidance, "dtype": dtype}
+    settings = {**TINY_FLUX, "guidance_embed": guidance, "dtype": dtype, "in_channels": channels, "out_channels": channels}
     config = comfy.supported_models.Flux(settings) if guidance else comfy.supported_models.FluxSchnell(settings)
     config.manual_cast_dtype = None
     base = config.get_model({}, device="cpu")
