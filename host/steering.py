@@ -31,16 +31,10 @@ from .session import COMPILED, NOTHING_SEEN, Session, map_grid, without_wrappers
 from .stepping import SampledModel, SteeringError, unwrapped
 
 log = logging.getLogger("learn_to_steer")
-<<<<<<< HEAD
-STEP_CACHES = ("easycache",)
-"""Keys of the host's step caches, which skip the model and reuse the output of an earlier step. They are removed from steering
-passes: a gradient needs the model, and the cache must not count an evaluation at a moved latent as a step."""
-=======
 FOR_SAMPLING_ALONE = ("easycache", COMPILED)
-"""Keys of the host's wrappers that steering passes go round. A step cache answers from an earlier step instead of running the
-model; a gradient needs the model, and an evaluation at a moved latent is no step for a cache to count. A compiled network or
-block stands in the place of the one that is recorded, recomputed and differentiated, and would be compiled anew for it."""
->>>>>>> stack
+"""Keys of the host's wrappers that are removed from steering passes. A step cache skips the model and reuses the output of an
+earlier step: a gradient needs the model, and the cache must not count an evaluation at a moved latent as a step. A compiled
+network or block replaces the one that is recorded, recomputed and differentiated, and would be compiled anew for it."""
 
 
 @dataclass(frozen=True)
