@@ -67,5 +67,5 @@ class MovedLatent:
         return self._move * kept[call] if kept[call] else None
 
     def _unlike_rehearsal(self) -> SteeringError:
-        return SteeringError(f"{self.rehearsal.sampler} cannot be steered: the number of evaluations differs from its rehearsal. "
-                             f"{ADVICE}")
+        return SteeringError(f"{self.rehearsal.sampler} evaluates the model a different number of times than in its "
+                             f"rehearsal, so it cannot be steered. {ADVICE}")

@@ -50,7 +50,7 @@ REFUSED = {
     other.sample_in_silence: "never calls back",
     other.sample_growing: "changes the latent's size from [1, 4, 16, 16] to [1, 4, 16, 32]",
     other.sample_broken: "failed in a rehearsal on a latent of 8 x 8 cells (RuntimeError: latent too small for tiles of 16)",
-    other.sample_by_what_it_sees: "the number of evaluations differs from its rehearsal",
+    other.sample_by_what_it_sees: "evaluates the model a different number of times than in its rehearsal",
 }
 
 
