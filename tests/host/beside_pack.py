@@ -1,4 +1,4 @@
-"""A plugin for the host's own tests: runs them on the CPU, with this pack loaded where PACK_FOLDER is set."""
+"""A plugin for the host's own tests: runs them on the CPU, with this pack loaded by the host where PACK_FOLDER is set."""
 from __future__ import annotations
 
 import asyncio

@@ -92,8 +92,8 @@ def gligen(scene: Scene, tmp_path: Path):
     """A GLIGEN file for the tiny UNet, read by the host."""
     widths = [part.attn1.to_q.weight.shape[1] for part in scene.model.model.diffusion_model.modules()
               if isinstance(part, BasicTransformerBlock)]
-    network = tiny.fill(comfy.gligen.PositionNet(768, 768))
-    weights = {f"position_net.{name}": value for name, value in network.state_dict().items()}
+    positions = tiny.fill(comfy.gligen.PositionNet(768, 768)).state_dict()
+    weights = {f"position_net.{name}": value for name, value in positions.items()}
     for number, width in enumerate(widths):
         fuser = tiny.fill(comfy.gligen.GatedSelfAttentionDense(width, 768, 8, width // 8), seed=number)
         fuser.alpha_attn.data.fill_(0.5)
@@ -131,8 +131,7 @@ def tiny_clip(embeddings: Path) -> comfy.sd.CLIP:
     """The host's CLIP with its own tokenizer and a text transformer of width 32 with random weights."""
     config = {"hidden_act": "quick_gelu", "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 77,
               "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 49408, "eos_token_id": 49407,
-              "layer_norm_eps": 1e-5,
-              "projection_dim": 32}
+              "layer_norm_eps": 1e-5, "projection_dim": 32}
 
     class Text(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 (as the host's)
