@@ -19,13 +19,13 @@ def find_run(log: RunLog, samples: dict, hidden, log_input: str) -> Run:
         if hidden is None or not _leads_through(hidden.prompt or {}, hidden.unique_id, log_input):
             raise
         return log.blank("the sampler ran no denoising step (is denoise 0?), or a node between the sampler and this one changed "
-                         "the latent. Connect the sampler's LATENT output straight")
+                         "the latent. Connect the sampler's LATENT output directly")
 
 
 def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:
     """Whether the node's latent was made with the MODEL of the node that its log comes from."""
     links = prompt.get(node, {}).get("inputs", {})
-    if not all(isinstance(links.get(name), list) for name in (log_input, "samples")):
+    if not all(_is_link(links.get(name)) for name in (log_input, "samples")):
         return False
     waiting, seen, patch = [links["samples"][0]], set(), links[log_input][0]
     while waiting:
@@ -33,5 +33,10 @@ def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:
         if current not in seen:
             seen.add(current)
             inputs = prompt.get(current, {}).get("inputs", {}).values()
-            waiting += [value[0] for value in inputs if isinstance(value, list) and value]
+            waiting += [value[0] for value in inputs if _is_link(value)]
     return patch in seen
+
+
+def _is_link(value: object) -> bool:
+    """Whether an input's value is [node id, output number]; a widget may hold a list of its own."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)

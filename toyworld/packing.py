@@ -26,7 +26,7 @@ def pack(tensors: Mapping[str, torch.Tensor], keep: tuple[str, ...] = ()) -> dic
     for name, tensor in tensors.items():
         if name.startswith(keep) or name.endswith(SUFFIX) or not tensor.is_floating_point():
             found[name] = tensor
-        elif not tensor.half().isfinite().all():
+        elif not (tensor.float().abs() <= torch.finfo(torch.float16).max).all():
             raise ValueError(f"{name} has values that are not finite or too large for half precision")
         elif tensor.ndim < 2 or tensor.numel() < SMALLEST:
             found[name] = tensor.half()

@@ -107,7 +107,8 @@ class Hidden:
 
     def __init__(self, sampler: str):
         self.unique_id = "3"
-        self.prompt = {"1": {"inputs": {"model": ["0", 0]}}, "2": {"inputs": {"model": ["1", 0], "seed": 1}},
+        self.prompt = {"1": {"inputs": {"model": ["0", 0], "curve": [[0, 0], [1, 1]], "points": [{"x": 1}, {"x": 2}]}},
+                       "2": {"inputs": {"model": ["1", 0], "seed": 1, "sizes": [64, 64]}},
                        "3": {"inputs": {"steering": ["1", 1], "samples": [sampler, 0]}}, "4": {"inputs": {"model": ["0", 0]}}}
 
 
