@@ -38,8 +38,9 @@ def command_test(env: Environment, arguments: argparse.Namespace) -> int:
     env.need("pytest")
     tests = ROOT / "tests"
     named = any((ROOT / word.split("::")[0]).exists() for word in arguments.rest)
-    folders = [tests / "host", tests / "server"] if arguments.host else [tests]
-    return env.call("-m", "pytest", "-c", str(tests / "pytest.ini"), *arguments.rest, *([] if named else map(str, folders)))
+    folders = [] if named else [tests / "host", tests / "server"] if arguments.host else [tests]
+    apart = [] if arguments.rest or not env.has("xdist") else ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
+    return env.call("-m", "pytest", "-c", str(tests / "pytest.ini"), *apart, *arguments.rest, *map(str, folders))
 
 
 def command_bench(env: Environment, arguments: argparse.Namespace) -> int:

@@ -92,12 +92,17 @@ class Environment:
             process.wait()
             raise
 
-    def need(self, *modules: str) -> None:
-        """Raises Failure if a module is missing, which can only happen in an existing installation."""
+    def missing(self, *modules: str) -> list[str]:
         check = ("import importlib.util, sys\n"
                  "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])")
-        missing = subprocess.check_output([str(self.python), "-c", check, *modules], text=True).split()
-        if missing:
+        return subprocess.check_output([str(self.python), "-c", check, *modules], text=True).split()
+
+    def has(self, module: str) -> bool:
+        return not self.missing(module)
+
+    def need(self, *modules: str) -> None:
+        """Raises Failure if a module is missing, which can only happen in an existing installation."""
+        if missing := self.missing(*modules):
             raise Failure(f"{self.python} lacks {', '.join(missing)}; install with\n"
                           f"    {self.python} -m pip install {' '.join(missing)}")
 
