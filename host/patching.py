@@ -89,7 +89,7 @@ def apply_steering(model, steering: Steering) -> tuple[object, RunLog]:
     request = (steering.graph, steering.classifier.name, steering.settings)
     blank = functools.partial(not_steered, steering)
     if steering.is_off:  # before _with_weights_that_stay: off means the host's own model, dynamic VRAM included
-        reason = "the settings switch steering off" if steering.graph.relations else "the graph has no relation"
+        reason = steering.settings.off_because or "the graph has no relation"
         return model.clone(), RunLog(request, blank, unsteered=blank(reason))
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, STEERING_KEY):
         raise SteeringError("input 'model': this model is steered already, by an \"Apply Spatial Steering\" further up its line, "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..host.records import Run, RunLog
 
@@ -11,15 +12,22 @@ def find_run(log: RunLog, samples: dict, hidden, log_input: str) -> Run:
 
     hidden: of the node that asks, with the prompt and its own id; log_input: the name of its input for `log`. Raises LookupError
     where the latent comes from elsewhere. A latent whose line leads through the patched MODEL, but that no run gave, is an
-    empty run with the reason.
+    empty run with the reason; its effect is unknown if the MODEL has sampled before.
     """
     try:
         return log.find(samples["samples"]).whole()
     except LookupError:
         if hidden is None or not _leads_through(hidden.prompt or {}, hidden.unique_id, log_input):
             raise
-        return log.blank("the sampler ran no denoising step (is denoise 0?), or a node between the sampler and this one changed "
-                         "the latent. Connect the sampler's LATENT output directly")
+        if log.last is None:
+            return log.blank("the sampler ran no denoising step (is denoise 0?)")
+        return _unknown(log.blank("a node between the sampler and this one changed the latent, or the sampler ran no denoising "
+                                  "step (is denoise 0?). Connect the sampler's LATENT output directly"))
+
+
+def _unknown(run: Run) -> Run:
+    """An empty run of which nobody can say whether its latent was steered."""
+    return run if run.report is None else replace(run, report=replace(run.report, is_known=False))
 
 
 def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:

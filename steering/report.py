@@ -62,6 +62,7 @@ class SteeringReport:
     inactive: tuple[int, ...] = ()
     obstacle: str = ""
     stages: tuple[int, ...] = ()
+    is_known: bool = True
 
     @staticmethod
     def of_stages(stages: Sequence[SteeringReport]) -> SteeringReport:
@@ -99,7 +100,10 @@ class SteeringReport:
 
         "steered": updates moved the latent. "satisfied": every relation held already. "no effect": no update moved the
         latent. "not recorded": the model's attention was never recorded. "not steered": no update was tried.
+        "unknown": no recorded run gave the latent.
         """
+        if not self.is_known:
+            return "unknown"
         if any(record.has_effect for record in self.records):
             return "steered"
         if self.gradient_evaluations:
@@ -163,6 +167,7 @@ class SteeringReport:
             "steered": f"{len(moves)} update{plural} in {len(set(moves))} of {self.steps} steps moved the latent",
             "satisfied": "nothing had to be moved, every relation was satisfied when a step began",
             "no effect": f"none, {self.gradient_evaluations} updates moved nothing",
+            "unknown": "unknown, no recorded run gave this latent",
         }.get(self.effect, "none, nothing was steered")
 
     def _findings(self) -> list[tuple[bool, str]]:

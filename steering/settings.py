@@ -49,5 +49,14 @@ class SteeringSettings:
                    relations_per_update="one", recompute=recompute, compactness=0.0, loss_targets=PAPER_LOSS_TARGETS)
 
     @property
+    def off_because(self) -> str:
+        """The setting that switches steering off, in the words of the nodes' inputs; empty if none does."""
+        if self.step_size == 0:
+            return "step_size is 0"
+        if self.max_updates == 0:
+            return "max_updates is 0"
+        return "" if self.start < self.end else f"end_percent {self.end:g} is not above start_percent {self.start + 0.0:g}"
+
+    @property
     def is_off(self) -> bool:
-        return self.step_size == 0 or self.max_updates == 0 or self.end <= self.start
+        return bool(self.off_because)
