@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 _LONGEST = 60
-_FEW = 4
 
 
 class FileFault(ValueError):
@@ -11,8 +10,6 @@ class FileFault(ValueError):
 
 def shown(value: object) -> str:
     """A value of a file, short enough for a message."""
-    if isinstance(value, (list, tuple)) and 0 < len(value) <= _FEW and all(isinstance(item, (int, float)) for item in value):
-        return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, (dict, list, tuple)):
         return f"a {'group' if isinstance(value, dict) else 'list'} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10 ** 20:
