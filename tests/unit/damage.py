@@ -1,6 +1,7 @@
 """Damages classifier files at random and reads them in a child process, so that a crash is a result."""
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickletools
@@ -67,7 +68,7 @@ def change_value(rng: random.Random, tree: object, values: list) -> object:
     elif kind == 1 and isinstance(group, dict):
         group[rng.choice(["", "x", "layout", "0", "\udc80" if values is VALUES else "\u20ac"])] = group.pop(key)
     else:
-        group[key] = rng.choice(values)
+        group[key] = copy.deepcopy(rng.choice(values))  # it may be changed in its turn
     return tree
 
 
