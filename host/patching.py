@@ -66,10 +66,13 @@ def _patched(model, open_session: Callable[..., Session], log_of_runs: RunLog, k
 def apply_capture(model, capture: Capture) -> tuple[object, RunLog]:
     """A clone of MODEL whose sampler runs are recorded, and the log of those runs.
 
-    Raises UnsupportedModel for an architecture without a backbone.
+    Without words to watch, the clone carries no patch. Raises UnsupportedModel for an architecture without a backbone.
     """
     find_backbone(model.model.diffusion_model)
     runs = RunLog(capture, lambda reason: Run(AttentionRecord(capture.phrases, (), (), (f"nothing was recorded: {reason}",))))
+    if not capture.phrases:
+        return model.clone(), dataclasses.replace(runs, unsteered=runs.blank("there are no words to watch, and the graph has no "
+                                                                             "relation"))
     return _patched(model, lambda *run: CaptureSession(*run, capture), runs, "learn_to_steer_capture"), runs
 
 

@@ -50,7 +50,7 @@ class AttentionCapture(io.ComfyNode):
                 keep_heads: bool, graph=None) -> io.NodeOutput:
         check_numbers(start_percent=start_percent, end_percent=end_percent)
         phrases = dict.fromkeys([*_split(words), *(graph.phrases if graph is not None else ())])
-        if not phrases:
+        if not phrases and graph is None:
             raise ValueError("input 'words': nothing to watch. Name words of the prompt, or connect a graph with relations.")
         patched, runs = apply_capture(model, Capture(tuple(phrases), start_percent, end_percent, resolution,
                                                      _split(layers), keep_heads))

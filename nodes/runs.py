@@ -27,7 +27,7 @@ def find_run(log: RunLog, samples: dict, hidden, log_input: str) -> Run:
 
 def _unknown(run: Run) -> Run:
     """An empty run of which nobody can say whether its latent was steered."""
-    return run if run.report is None else replace(run, report=replace(run.report, is_known=False))
+    return run if run.report is None else Run(run.maps, replace(run.report, is_known=False))
 
 
 def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:

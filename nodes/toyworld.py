@@ -22,7 +22,8 @@ class SmallWorldLoader(io.ComfyNode):
             inputs=[io.Combo.Input("backbone", options=list(LOADERS), tooltip="The tiny model's architecture: unet "
                                    "as Stable Diffusion 2, flux as FLUX.1 schnell.")],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="Works with every stock node."),
+                io.Model.Output("model", display_name="model", tooltip="Works with every stock node. Use an empty latent of "
+                                                                       "64x64 pixels."),
                 io.Clip.Output("clip", display_name="clip", tooltip="Its text encoder, on the real CLIP tokenizer."),
                 io.Vae.Output("vae", display_name="vae", tooltip="Its VAE."),
             ],

@@ -51,6 +51,7 @@ class SteeringReport:
     inactive: steps in which no conditioning that names the objects was active.
     obstacle: why nothing was recorded in other steps.
     stages: number of steps of each run, where the latent went through several.
+    is_known: False where no recorded run gave the latent.
     """
 
     relations: tuple[str, ...]

@@ -17,9 +17,10 @@ from learn_to_steer.host.patching import apply_capture, apply_steering
 from learn_to_steer.host.records import AttentionRecord, Run, RunArchive, RunLog, StepMaps
 from learn_to_steer.host.stepping import SteeringError
 from learn_to_steer.host.tokens import encode_prompt
-from learn_to_steer.nodes.attention import AttentionMapsNode, AttentionOverlay
+from learn_to_steer.nodes.attention import AttentionCapture, AttentionMapsNode, AttentionOverlay
 from learn_to_steer.nodes.runs import find_run
 from learn_to_steer.nodes.steering import SteeringResult
+from learn_to_steer.prompts.relations import RelationGraph
 
 import nodes as host_nodes
 
@@ -122,6 +123,24 @@ def test_a_latent_that_no_run_gave(scene: Scene):
     assert run.report.effect == "not steered" and "is denoise 0?" in run.report.to_text() and "is denoise 0?" in run.maps.notes[0]
     with pytest.raises(LookupError, match="input 'samples': no run of this model"):
         find_run(runs, out, Hidden("4"), "steering")
+
+
+def test_a_changed_latent_of_a_model_that_has_sampled_is_unknown(scene: Scene):
+    """Apply -> sampler -> a node that flips the latent -> Result: nobody can say that nothing was steered."""
+    patched, runs = apply_steering(scene.model, scene.steering())
+    out = ksampler(scene, patched, empty())
+    report = find_run(runs, {"samples": out["samples"].flip(-1)}, Hidden("2"), "steering").report
+    assert report.effect == "unknown" and report.to_text().startswith("effect: unknown")
+    assert "a node between the sampler and this one changed the latent" in report.to_text()
+
+
+def test_a_graph_without_a_relation_gives_nothing_to_watch_and_no_error(scene: Scene):
+    graph = RelationGraph((), "a dog and a cat")
+    patched, log = AttentionCapture.execute(scene.model, "", 0.0, 1.0, 16, "", False, graph).args
+    assert torch.equal(scene.sample(patched), scene.sample(scene.model))
+    assert "no words to watch" in log.find(torch.zeros(1)).maps.notes[0]
+    with pytest.raises(ValueError, match="input 'words': nothing to watch"):
+        AttentionCapture.execute(scene.model, "", 0.0, 1.0, 16, "", False)
 
 
 def test_two_stages_are_one_report(scene: Scene):
