@@ -114,8 +114,8 @@ class Session:
         if not progress:
             return "the schedule has no denoising step"
         return (f"no step lies between start_percent {start + 0.0:g} and end_percent {end:g}. The {len(progress)} steps of this "
-                f"run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise schedule; image to image and second passes "
-                "begin late")
+                f"run begin at {progress[0]:.2f} to {progress[-1]:.2f} of the whole noise schedule; image to image and second "
+                "passes begin late")
 
     def keep(self, step: int, maps: AttentionMaps, size: int | tuple[int, int], every: bool = False) -> None:
         stack = maps.stack(size, "always").detach().float().cpu()
