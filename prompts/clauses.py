@@ -6,6 +6,8 @@ Rules for prompts that English leaves ambiguous:
 - "A is r1 B and C" relates A to both B and C. Without a verb ("A r1 B and C") it relates A to B only.
 - "A and B are r C" relates both A and B to C. "A and B r C" relates B only.
 - In "A with B r C" the subject is A if A has B ("a man with a guitar"), and B if A is a scene.
+- "A that is r1 B and that is r2 C" relates A to both. After a remark between commas or brackets the sentence returns to its
+  subject: "A, with B r1 it, r2 C" and "A, r1 which sits B, r2 C" relate A to C.
 Every other ambiguous case raises `Unclear` with the reason.
 """
 from __future__ import annotations

@@ -230,7 +230,8 @@ class _Scanner:
             self.mark(token, "not", self._link)
         elif word in DENIALS or word in DENIALS.values():
             self.mark(token, DENIALS.get(word, word), self._link)
-        elif word == "that" and (not first or self.elements) and not self._determiners:
+        elif word == "that" and (
+                not first or self.elements and not self._determiners and not isinstance(self.elements[-1], Predicate)):
             self.mark(token, "relative")
         elif word in JOINTS:
             self.mark(token, JOINTS[word])

@@ -96,7 +96,7 @@ class _Reader:
             self.awaiting = []
         elif opening or clause.joint and "relative" not in clause.kinds:
             self.awaiting = subjects
-        self.subjects, self.objects, self.remark = subjects, objects, self._kind_of_remark(before, after)
+        self.subjects, self.objects, self.remark = subjects, objects, self._kind_of_remark(before, rest)
         different = {predicate.names: predicate for predicate in predicates}.values()
         self.found += [(subject, predicate.names, noun) for predicate in different for subject in subjects
                        for noun in objects if not _is_setting(predicate, noun)]

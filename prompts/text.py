@@ -27,16 +27,22 @@ _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
 """A quotation after one of these words is part of the sentence: `photo of "a dog"`."""
 _LEADS = re.compile(rf"\s*(?:{'|'.join(sorted(DETERMINERS | PREPOSITIONS | {'with', 'which', 'who', 'that'}))})\b", re.IGNORECASE)
 """Begins a bracket with a phrase or a clause of its own."""
+_NO_END = frozenset("left right top bottom middle center centre side corner of to a an the".split())
+"""End a bracket that belongs to the sentence around it: "a dog (on the left)"."""
 
 
 def plain_text(prompt: str) -> str:
-    """The prompt with attention weights such as "(dog:1.3)" blanked out. The length and all positions stay the same."""
+    """The prompt with attention weights such as "(dog:1.3)" blanked out, and commas for the brackets of a remark.
+
+    The length and all positions stay the same.
+    """
     text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
     text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
+    characters = list(text)
     for bracket in _BRACKETS.finditer(prompt):
         if _LEADS.match(bracket.group(1)) and _is_remark(prompt, bracket):
-            text = f"{text[:bracket.start()]},{text[bracket.start(1):bracket.end(1)]},{text[bracket.end():]}"
-    return re.sub(r"[()\[\]{}]", " ", text)
+            characters[bracket.start()] = characters[bracket.end() - 1] = ","
+    return re.sub(r"[()\[\]{}]", " ", "".join(characters))
 
 
 def _is_remark(prompt: str, bracket: re.Match) -> bool:
@@ -45,9 +51,9 @@ def _is_remark(prompt: str, bracket: re.Match) -> bool:
     Other brackets give weight to a part of a phrase: "a majestic (cat)".
     """
     name = _LAST_WORD.search(prompt[max(0, bracket.start() - _REACH):bracket.start()])
-    if name is None or name.group(1).lower() in _OPEN | ADJECTIVES or _WEIGHT.search(bracket.group()):
-        return False
     inside, last = bracket.group(1), (bracket.group(1).lower().split() or [""])[-1]
+    if name is None or name.group(1).lower() in _OPEN | ADJECTIVES or _WEIGHT.search(bracket.group()) or last in _NO_END:
+        return False
     describes = (last.endswith("ed") or last in ADJECTIVES) and _ENDS.match(prompt, bracket.end())
     return bool(_LEADS.match(inside) or name.group(1).lower() in ANIMALS | PEOPLE or describes)
 

@@ -24,14 +24,16 @@ NEGATIONS = _set("not no cannot without neither except excluding nowhere")
 NEGATING_ADVERBS = _set("hardly seldom rarely scarcely barely unlikely")  # "a rarely seen dog" has one that negates nothing else
 SEVERAL_WORDS = {"rather than": "not", "instead of": "not", "as opposed to": "not", "no longer": "not",
                  "anything but": "not", "everything but": "not", "anywhere but": "not", "everywhere but": "not",
-                 "by no means": "not", "in no way": "not", "on no account": "not", "far from": "not", "nowhere near": "not",
+                 "by no means": "not", "no more": "not", "in no way": "not", "on no account": "not",
+                 "far from": "not", "nowhere near": "not",
                  "without any": "never", "without a single": "never", "used to": "never",
                  **{f"{adverb} ever": "not" for adverb in ("hardly", "scarcely", "barely", "rarely")},
                  **{f"{verb} to": "never" for verb in ("refuse refuses refused refusing fail fails failed failing").split()},
                  "false that": "deny", "untrue that": "deny", "not true that": "deny", "not the case that": "deny",
                  "negative prompt": "deny", "as well as": "and",
                  "together with": "with", "along with": "with", "both of": "both"}
-DENIALS = {"lacking": "never", "lacks": "never", "avoid": "deny", "avoiding": "deny", "avoids": "deny"}
+DENIALS = {  # "never" negates all of its clause, "deny" the rest of the sentence
+    "lacking": "never", "lacks": "never", "avoid": "deny", "avoiding": "deny", "avoids": "deny"}
 CONTRACTIONS = {"that's": "that is", "who's": "who is", "which's": "which is", "it's": "it is", "he's": "he is",
                 "she's": "she is", "there's": "there is", "here's": "here is", "they're": "they are",
                 "what's": "what is", "nor": "or not"}
