@@ -6,6 +6,8 @@ Rules for prompts that English leaves ambiguous:
 - "A is r1 B and C" relates A to both B and C. Without a verb ("A r1 B and C") it relates A to B only.
 - "A and B are r C" relates both A and B to C. "A and B r C" relates B only.
 - In "A with B r C" the subject is A if A has B ("a man with a guitar"), and B if A is a scene.
+- "A that is r1 B and that is r2 C" relates A to both. After a remark between commas or brackets the sentence returns to its
+  subject: "A, with B r1 it, r2 C" and "A, r1 which sits B, r2 C" relate A to C.
 Every other ambiguous case raises `Unclear` with the reason.
 """
 from __future__ import annotations
@@ -63,6 +65,8 @@ def find_subjects(elements: Sequence[Element], context: Context, of_pronoun: boo
     segments = split(elements)
     clause, earlier = segments[-1], segments[:-1]
     noun = head(clause)
+    if Mark("never") in clause.elements or of_pronoun and clause.elements[-2:-1] == (Mark("not"),):
+        raise Unclear(NEGATED)
     if Mark("not") in clause.elements and (noun is None or _is_negated(clause.elements)):
         raise Unclear(NEGATED)
     if of_pronoun and isinstance(clause.elements[-1:][0] if clause.elements else None, Noun) \
@@ -118,7 +122,7 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
     if kinds & {"former", "latter"}:
         return referents("former" if "former" in kinds else "latter", here or context.before, ())
     if "relative" in kinds:
-        return main_nouns(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+        return _antecedent(clause, earlier, context)
     if clause.joint == "or":
         raise Unclear(CHOICE)
     if here:
@@ -127,6 +131,16 @@ def _subjects_before(clause: Segment, earlier: Sequence[Segment], context: Conte
     if clause.joint and not context.opening or kinds & {"it", "he", "is", "are", "verb"} and context.subjects:
         return list(context.subjects) or _none()
     raise Unclear(NO_SUBJECT)
+
+
+def _antecedent(clause: Segment, earlier: Sequence[Segment], context: Context) -> list[Noun]:
+    """The noun that "which is" is said of. "A that is r1 B and that is r2 C" relates A to C; "A r1 B, which is r2 C" B to C."""
+    if clause.joint != "and" or context.opening:
+        return main_nouns(earlier)[-1:] or list(context.objects[-1:] or context.subjects[-1:]) or _none()
+    between = [*main_nouns(earlier[1:]), *(nouns_of(earlier[0].elements)[:1] if "relative" in earlier[0].kinds else [])]
+    if between:
+        raise Unclear(f"it may be said of {listed([*context.subjects, *between])}")
+    return list(context.subjects) or _none()
 
 
 def _none() -> list[Noun]:

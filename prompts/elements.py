@@ -15,12 +15,14 @@ from .vocabulary import (
     BESIDE,
     COMMANDS,
     CONTRACTIONS,
+    DENIALS,
     DETERMINERS,
     ING_ATTRIBUTES,
     ING_NOUNS,
     JOINTS,
     LATE_ADVERBS,
     LY_NOUNS,
+    NEGATING_ADVERBS,
     NEGATIONS,
     NUMBERS,
     ORDINALS,
@@ -61,8 +63,9 @@ class Noun:
 class Mark:
     """A word that is no noun phrase, by kind.
 
-    A joining word is one of: and, or, comma, newline, clause, with, verb, is, are, relative, not, adjective, preposition,
-    aside. A pronoun is one of: it, he, they, both, former, latter. "unclear" stands for a pronoun without a referent.
+    A joining word is one of: and, or, comma, newline, clause, with, verb, is, are, relative, not, never, deny, adjective,
+    preposition, aside. "never" negates all of its clause, "deny" all of the sentence after it.
+    A pronoun is one of: it, he, they, both, former, latter. "unclear" stands for a pronoun without a referent.
     """
 
     kind: str
@@ -223,9 +226,12 @@ class _Scanner:
                 self._noun = []  # "a big, red dog": the phrase is "red dog"
             else:
                 self.mark(token, "newline" if word[0] == "\n" else "comma")
-        elif word.endswith("n't") or word in NEGATIONS:
+        elif word.endswith("n't") or word in NEGATIONS or word in NEGATING_ADVERBS and not (first and self._determiners):
             self.mark(token, "not", self._link)
-        elif word == "that" and (not first or self.elements) and not self._determiners:
+        elif word in DENIALS or word in DENIALS.values():
+            self.mark(token, DENIALS.get(word, word), self._link)
+        elif word == "that" and (
+                not first or self.elements and not self._determiners and not isinstance(self.elements[-1], Predicate)):
             self.mark(token, "relative")
         elif word in JOINTS:
             self.mark(token, JOINTS[word])
@@ -253,8 +259,8 @@ class _Scanner:
         elif bare and ing and (following in DETERMINERS or following in PREPOSITIONS or _ends_phrase(following)):
             self.mark(token, "verb", "verb")  # "sitting on a chair", "sitting under", but "flying bird"
         elif not first and (word in PARTICIPLES or word in PREDICATIVE or word.endswith("ing")):
-            if word == "right" and following in ("", _FOUND):
-                return False  # "a dog right above": `close` drops the adverb
+            if word == "right" and following in ("", _FOUND) or word in ("left", "right") and self._words()[-1].endswith("'s"):
+                return False  # "a dog right above": `close` drops the adverb; "a man's left hand"
             self.mark(token, "verb", "verb")
         elif word in PLURAL_VERBS and not first and (is_plural(self._words()[-1]) or Mark("and") in self.elements[-2:]):
             self.mark(token, "are" if word in POSITION_VERBS else "verb", "free" if word in POSITION_VERBS else "verb")
@@ -271,8 +277,9 @@ class _Scanner:
             if self._noun:
                 self.close()
             self._determiners.append(token)
-        elif not self._noun and not self._determiners and (word.endswith("ly") and word not in LY_NOUNS):
-            return  # "a dog, clearly above": an adverb begins nothing
+        elif not self._noun and (word in NEGATING_ADVERBS or not self._determiners and word.endswith("ly")
+                                 and word not in LY_NOUNS):
+            return  # "a dog, clearly above", "a rarely seen dog": an adverb begins nothing
         else:
             self._noun.append(token)
 

@@ -12,29 +12,31 @@ _GAP = r"[\s\-_]+"
 _ADVERB = rf"(?:(?:slightly|just|directly|also|immediately|diagonally|a{_GAP}bit|a{_GAP}little){_GAP})?"
 _SIDE = rf"(?:left|right)(?:(?:{_GAP}hand)?{_GAP}side)?"
 _FAR = rf"(?:(?:far|immediate|direct|very|extreme){_GAP})?"
-_TO_THE = rf"(?:to|on|at|towards?){_GAP}(?:the{_GAP})?{_FAR}"
+_YONDER = rf"(?:over{_GAP})?"  # "over to the left of": the same as "to the left of"
+_TO_THE = rf"{_YONDER}(?:to|on|at|towards?){_GAP}(?:the{_GAP})?{_FAR}"
 _TOWARDS_SIDE = rf"(?:{_TO_THE})?{_SIDE}"
 _OF = rf"{_GAP}of"
-_HIGHER = rf"on{_GAP}(?:the{_GAP})?top{_OF}|atop|above|over|higher{_GAP}(?:up{_GAP})?than"
+_ABOVE = rf"on{_GAP}(?:the{_GAP})?top{_OF}|atop|above|higher{_GAP}(?:up{_GAP})?than"
 _LOWER = rf"on{_GAP}(?:the{_GAP})?bottom{_OF}|below|underneath|under|beneath|lower{_GAP}(?:down{_GAP})?than"
-_UPRIGHT = rf"(?:{_HIGHER}|{_LOWER})(?:{_OF}\b)?"
-_UPRIGHT_IN_PAIR = rf"(?:{_UPRIGHT}|on{_GAP}top|higher|lower|up|down)"
+_UPRIGHT = rf"(?:{_ABOVE}|over|{_LOWER})(?:{_OF}\b)?"
+_UPRIGHT_IN_PAIR = rf"(?:(?:{_ABOVE}|{_LOWER})(?:{_OF}\b)?|on{_GAP}top|higher|lower|up|down)"
 _AND = rf"{_GAP}(?:and|&){_GAP}{_ADVERB}"
 _CORNER = rf"(?:{_TO_THE})?(?:upper|top|lower|bottom|above|below)[\s\-_]*{_SIDE}"
-_TO_ITS = rf"(?:to|on|at){_GAP}(?:its|his|her|their){_GAP}(?:immediate{_GAP})?{_SIDE}(?!{_OF})"
+_TO_ITS = rf"{_YONDER}(?:to|on|at){_GAP}(?:its|his|her|their){_GAP}(?:immediate{_GAP})?{_SIDE}(?!{_OF})"
 
 
 def _forms(of: str) -> str:
     """All predicates as one pattern, diagonals first. of: pattern after a final "left" or "right"."""
-    return (rf"{_UPRIGHT_IN_PAIR}(?:{_AND}|{_GAP}{_ADVERB}){_TOWARDS_SIDE}{of}"
+    return (rf"(?:{_UPRIGHT_IN_PAIR}(?:{_AND}|{_GAP}{_ADVERB})|over{_AND}){_TOWARDS_SIDE}{of}"
             rf"|{_TOWARDS_SIDE}(?:{_OF})?{_AND}{_UPRIGHT}"
             rf"|{_CORNER}{of}|{_TOWARDS_SIDE}{of}|{_UPRIGHT}")
 
 
-_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_forms(_OF)}|{_TO_ITS})(?![\w\-'\u2019])", re.IGNORECASE)
+_IN_PROMPT = re.compile(rf"(?<![\w\-])(?:{_TO_ITS}|{_forms(_OF)})(?![\w\-'\u2019])", re.IGNORECASE)
 _ALONE = re.compile(rf"(?:{_forms(f'(?:{_OF})?')})", re.IGNORECASE)
 _LEADING = re.compile(rf"(?:(?:is|are|was|were|sits?|stands?|lies?|sitting|standing|lying|placed|located|positioned"
                       rf"|situated|directly|just|slightly|the){_GAP})+", re.IGNORECASE)
+_OVER_TO = re.compile(rf"over(?={_GAP}(?:to|on|at|towards?)\b)", re.IGNORECASE)
 _UP_WORD = re.compile(r"above|over|atop|top|upper|higher|\bup\b", re.IGNORECASE)
 _DOWN_WORD = re.compile(r"below|under|beneath|lower|bottom|\bdown\b", re.IGNORECASE)
 
@@ -45,7 +47,8 @@ _IDIOMS = re.compile(
     r"\b(?:(?:game|voice|cross|heads?|all)\s+over|so\s+below|(?:what|nothing|(?<!a )little|much|all|anything)"
     r"(?:['\u2019]s|\s+that\s+is|\s+is|\s+was|\s+remains)?\s+left\s+of)\b", re.IGNORECASE)
 _OTHER_USE_AFTER = re.compile(
-    r"\s*(?:\d\d|[$\u20ac\u00a3]|[a-z]{3,6}\s+(?:feet|foot|inch(?:es)?|met(?:er|re)s|years|pounds|percent|hours|minutes)\b"
+    r"\s*(?:\d\d|(?:\d|an?\b|half\s+an?\b|several\b|many\b|a\s+(?:few|hundred|thousand|dozen)\b)\s*(?:year|month|week|day|hour|decade"
+    r"|centur(?:y|ies)|mile|met(?:er|re)|foot|feet|pound|ton)s?\b|(?:full\s+)?(?:sail|steam|power)\b|[$\u20ac\u00a3]|[a-z]{3,6}\s+(?:feet|foot|inch(?:es)?|met(?:er|re)s|years|pounds|percent|hours|minutes)\b"
     r"|(?:all|average|ground|zero|freezing|time|and\s+over|the\s+top|the\s+years|the\s+age|construction|control|pressure"
     r"|attack|cover|development|repair|arrest|siege|water|way|the\s+influence|the\s+counter|a\s+spell|each\s+other"
     r"|one\s+another|history|heels|there|here|exposed|exposure|saturated|sized|easy|center|centre)\b)", re.IGNORECASE)
@@ -66,7 +69,7 @@ _REACH = 48  # number of characters before a predicate that may hold a distance
 _FRAMES = "|".join(sorted(FRAME | ALWAYS_FRAME))
 _OF_FRAME = rf"(?:\s+of\s+(?:the|this|an?|our|my)\s+(?:\w{{1,20}}\s+)?(?:{_FRAMES})\b)?"
 _PLACE = re.compile(
-    rf"(?<![\w\-])(?:(?P<to>(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR})?"
+    rf"(?<![\w\-])(?:(?P<to>{_YONDER}(?:to|on|at|in|near|towards?|along){_GAP}(?:the{_GAP})?{_FAR})?"
     rf"(?P<edge>(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right)|top|bottom|middle|cent(?:er|re))"
     rf"(?:(?:{_GAP}hand)?{_GAP}(?:side|corner|half|part|third|edge|area|portion))?|(?P<bare>above|below|underneath|beneath)"
     rf"(?=\s*(?:$|[,.;:!?\"\0])))(?![\w\-'\u2019]){_OF_FRAME}", re.IGNORECASE)
@@ -147,6 +150,7 @@ Found = Predicate | Place | Unsteered | Order
 
 def _canonical(words: str) -> tuple[str, ...]:
     names = []
+    words = _OVER_TO.sub("", words)
     if _UP_WORD.search(words):
         names.append("above")
     elif _DOWN_WORD.search(words):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .clauses import (
     NEGATED,
@@ -23,11 +23,11 @@ from .naming import Names
 from .places import NO_OBJECT as NO_REFERENCE
 from .places import NOT_STEERED, FoundRelation, Placed, find_placed, in_order, is_ordinary, relate
 from .predicates import Order, Place, Predicate, Unsteered, find_all, speaks_of_places
-from .pronouns import PRONOUNS, Unclear, belongs_to_owner, leading_pronoun, referents
+from .pronouns import PRONOUNS, Unclear, belongs_to_owner, leading_pronoun, listed, referents
 from .relations import NotUnderstood
 from .segments import head, is_frame, main_nouns, nouns_of, split
 from .text import hide, plain_text, sentences, set_apart, without_embeddings
-from .vocabulary import AMBIENT, BODY
+from .vocabulary import AMBIENT, BODY, LY_NOUNS
 
 Triple = tuple[str, tuple[str, ...], str]
 
@@ -51,14 +51,18 @@ class _Reader:
     said: list[Noun] = field(default_factory=list)  # main nouns of the sentence so far
     before: list[Noun] = field(default_factory=list)  # main nouns of the previous sentence
     meant: list[Noun] = field(default_factory=list)  # referents of the last "it" in the sentence
+    remark: str = ""  # how the last relation was said of its object: "" (it was not), "enclosed" or "loose"
+    denied: bool = False  # whether "avoid:" or "it is false that" precedes in the sentence
 
     def read_sentence(self, elements: Sequence[Element]) -> None:
-        self.placed += find_placed(elements, Context(True, self.subjects, (), self.before))
-        self.found += in_order(elements)
+        self.denied = False
+        kept = elements[:elements.index(Mark("deny"))] if Mark("deny") in elements else elements
+        self.placed += find_placed(kept, Context(True, self.subjects, (), self.before))
+        self.found += in_order(kept)
         elements = [element for element in elements if not isinstance(element, Place | Order)]
         cuts = [index for index, element in enumerate(elements) if isinstance(element, Predicate)]
         parts = [list(elements[start + 1:end]) for start, end in zip([-1, *cuts], [*cuts, len(elements)], strict=True)]
-        self.objects, self.awaiting, self.said, self.meant, before = [], [], [], [], parts[0]
+        self.objects, self.awaiting, self.said, self.meant, self.remark, before = [], [], [], [], "", parts[0]
         waiting: list[Predicate] = []  # "above and below a cat": predicates that share subject and object
         opening = True
         for number, cut in enumerate(cuts, 1):
@@ -71,18 +75,20 @@ class _Reader:
         if opening and (named := main_nouns(split(before))):
             self.subjects = named
         self.said += main_nouns(split(before))
-        self.before = self.said or self.before
+        self.before = [*self.said, *self.meant] or self.before
 
     def _read(self, predicates: list[Predicate], before: list[Element], after: list[Element], opening: bool,
               is_last: bool) -> list[Element]:
         """Records a group of predicates that share subjects and objects. Returns the elements before the next group."""
         self.said += main_nouns(split(before))
+        self.denied = self.denied or Mark("deny") in before
         try:
             subjects, objects, rest = self._sides(predicates[-1], before, after, opening, is_last)
         except Unclear as unclear:
             named = [noun for noun in [head(split(before)[-1]), *main_nouns(split(before))[-1:]] if noun is not None]
             self.subjects = named[:1] if str(unclear) == NEGATED else []
             self.objects = [noun for noun in after[:1] if isinstance(noun, Noun)]
+            self.remark = ""
             self._note(predicates, before, after, str(unclear))
             return after
         clause = split(before)[-1]
@@ -90,7 +96,7 @@ class _Reader:
             self.awaiting = []
         elif opening or clause.joint and "relative" not in clause.kinds:
             self.awaiting = subjects
-        self.subjects, self.objects = subjects, objects
+        self.subjects, self.objects, self.remark = subjects, objects, self._kind_of_remark(before, rest)
         different = {predicate.names: predicate for predicate in predicates}.values()
         self.found += [(subject, predicate.names, noun) for predicate in different for subject in subjects
                        for noun in objects if not _is_setting(predicate, noun)]
@@ -100,13 +106,18 @@ class _Reader:
                ) -> tuple[list[Noun], list[Noun], list[Element]]:
         """Subjects and objects of a relation, and the elements before the next one. Raises Unclear."""
         clause = split(before)[-1]
+        if self.denied:
+            raise Unclear(NEGATED)
         if predicate.to_pronoun:
             after = [Mark("they" if "their" in predicate.words.lower() else "it"), *after]
         if after and after[0] == Mark("relative"):  # "a table above which a lamp hangs"
-            return nouns_of(after)[:1] or _fail(NO_SUBJECT), nouns_of(before)[-1:] or _fail(NO_OBJECT), after
+            return [_without_verb(after, self.prompt)], self._antecedent(before), after
         pronoun = leading_pronoun(after)
         inverted = inverted_subject(clause, after, opening)
-        if inverted is not None:
+        resumed = [] if inverted is not None or opening else self._resumed(before)
+        if resumed:
+            subjects, rest = resumed, after
+        elif inverted is not None:
             subjects, rest = [after[inverted]], after[inverted:]
         else:
             context = Context(opening, self.subjects, self.objects, self.before, self.awaiting)
@@ -120,6 +131,39 @@ class _Reader:
             owner = [noun for noun in self.meant if noun not in subjects]
         self.meant = owner or referents(pronoun, self._named(subjects), subjects)
         return subjects, self.meant, rest
+
+    def _antecedent(self, before: Sequence[Element]) -> list[Noun]:
+        """The noun before "above which". In "above which a lamp hangs and below which a cat sleeps" both mean one noun."""
+        if before[:1] != [Mark("relative")]:
+            return nouns_of(before)[-1:] or _fail(NO_OBJECT)
+        return self.objects if split(before)[-1].joint == "and" else _fail(f"it may be said of {listed(self.said)}")
+
+    def _kind_of_remark(self, before: Sequence[Element], after: Sequence[Element]) -> str:
+        """Whether the relation is a remark on its object, named earlier in the sentence: "a dog, with a cat above it"."""
+        segments = split(before)
+        clause = segments[-1]
+        if after and after[0] == Mark("relative"):
+            return "enclosed" if clause.joint == "comma" else "loose"
+        if clause.joint == "and" and leading_pronoun(after) == "it":
+            return self.remark  # "with a bird above it and a cat below it"
+        if leading_pronoun(after) not in ("it", "he", "they") or clause.joint not in ("with", "comma") or has_verb(clause) \
+                or not all(noun in self.said for noun in self.objects):
+            return ""
+        after_comma = clause.joint == "with" and segments[-2].joint == "comma" and not segments[-2].elements
+        return "enclosed" if after_comma else "loose"
+
+    def _resumed(self, before: Sequence[Element]) -> list[Noun]:
+        """The subject that a sentence returns to after a remark on it: "a dog, with a cat above it, to the left of"."""
+        clause = split(before)[-1]
+        verbs = [element for element in clause.elements if element in (Mark("is"), Mark("are"), Mark("verb"))]
+        if not self.remark or "relative" in clause.kinds and (len(verbs) < 2 or clause.elements[-1] != verbs[-1]):
+            return []
+        if "relative" not in clause.kinds and nouns_of(clause.elements):
+            return []
+        if self.remark == "enclosed" and clause.joint == "comma" or len(verbs) > bool("relative" in clause.kinds) \
+                and clause.joint != "and":
+            return self.objects
+        return _fail(f"it may be said of {listed([*self.objects, *self.subjects])}")
 
     def _named(self, subjects: Sequence[Noun]) -> list[Noun]:
         """Candidates for a pronoun: nouns of this sentence or, without any, of the previous one."""
@@ -164,6 +208,22 @@ class _Reader:
 
 def _fail(reason: str) -> list[Noun]:
     raise Unclear(reason)
+
+
+def _without_verb(after: Sequence[Element], prompt: str) -> Noun:
+    """The subject of "above which a lamp hangs". Where no verb is known, the last word of the phrase is the verb."""
+    clause = split(after)[0]
+    noun = (nouns_of(clause.elements) or _fail(NO_SUBJECT))[0]
+    words = prompt[noun.start:noun.end].split()
+    if clause.kinds & {"is", "are", "verb"}:
+        return noun
+    words.pop()
+    while len(words) > 1 and words[-1].endswith("ly") and words[-1].lower() not in LY_NOUNS:
+        words.pop()
+    if not words:
+        return _fail(NO_SUBJECT)[0]
+    phrase = re.compile(r"\s+".join(map(re.escape, words))).match(prompt, noun.start)
+    return replace(noun, words=" ".join(words), end=phrase.end())
 
 
 def _only_determiners(text: str) -> bool:

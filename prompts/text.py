@@ -4,13 +4,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from .vocabulary import COMMANDS, DETERMINERS, JOINTS, PREPOSITIONS
+from .vocabulary import ADJECTIVES, ANIMALS, COMMANDS, DETERMINERS, JOINTS, PEOPLE, PREPOSITIONS
 
 HIDDEN = "\0"  # replaces each character that is not read
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:[^\s()<\[]+")
 _ESCAPED = re.compile(r"\\[()\[\]{}]")
 _WEIGHT = re.compile(r":\s{0,4}([^\s:()\[\]{}]{1,20})\s{0,4}(?=[)\]}])")
 _ASIDE = re.compile(r"\\[(\[{]([^\\()\[\]{}]{0,200})\\[)\]}]")
+_BRACKETS = re.compile(r"(?<!\\)\(([^\\()\[\]{}]{1,200})\)")
+_ENDS = re.compile(r"\s*(?:$|[,.;:!?\n])")
 _QUOTES = (("\"", "\""), ("\u201c", "\u201d"), ("\u00ab", "\u00bb"), ("\u201e", "\u201c\u201d"))
 _SINGLE_QUOTES = (("'", "'"), ("\u2018", "\u2019"))  # these may be apostrophes
 _QUOTED = re.compile("|".join([rf"{first}([^{last}\n]{{1,300}})[{last}]" for first, last in _QUOTES] + [
@@ -23,13 +25,37 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;\u3002\uff01\uff1f])(?=\s|$)")
 _REACH = 40  # characters searched before a quotation
 _OPEN = DETERMINERS | PREPOSITIONS | COMMANDS | set(JOINTS) | {"of"}
 """A quotation after one of these words is part of the sentence: `photo of "a dog"`."""
+_LEADS = re.compile(rf"\s*(?:{'|'.join(sorted(DETERMINERS | PREPOSITIONS | {'with', 'which', 'who', 'that'}))})\b", re.IGNORECASE)
+"""Begins a bracket with a phrase or a clause of its own."""
+_NO_END = frozenset("left right top bottom middle center centre side corner of to a an the".split())
+"""End a bracket that belongs to the sentence around it: "a dog (on the left)"."""
 
 
 def plain_text(prompt: str) -> str:
-    """The prompt with attention weights such as "(dog:1.3)" blanked out. The length and all positions stay the same."""
+    """The prompt with attention weights such as "(dog:1.3)" blanked out, and commas for the brackets of a remark.
+
+    The length and all positions stay the same.
+    """
     text = _ESCAPED.sub(", ", prompt)  # an escaped bracket is a real one: a break in the text
     text = _WEIGHT.sub(lambda weight: _blank(weight) if _is_number(weight.group(1)) else weight.group(), text)
-    return re.sub(r"[()\[\]{}]", " ", text)
+    characters = list(text)
+    for bracket in _BRACKETS.finditer(prompt):
+        if _LEADS.match(bracket.group(1)) and _is_remark(prompt, bracket):
+            characters[bracket.start()] = characters[bracket.end() - 1] = ","
+    return re.sub(r"[()\[\]{}]", " ", "".join(characters))
+
+
+def _is_remark(prompt: str, bracket: re.Match) -> bool:
+    """Whether round brackets hold a remark on the name before them: "a dog (with a cat above it)", "a dog (mirrored)".
+
+    Other brackets give weight to a part of a phrase: "a majestic (cat)".
+    """
+    name = _LAST_WORD.search(prompt[max(0, bracket.start() - _REACH):bracket.start()])
+    inside, last = bracket.group(1), (bracket.group(1).lower().split() or [""])[-1]
+    if name is None or name.group(1).lower() in _OPEN | ADJECTIVES or _WEIGHT.search(bracket.group()) or last in _NO_END:
+        return False
+    describes = (last.endswith("ed") or last in ADJECTIVES) and _ENDS.match(prompt, bracket.end())
+    return bool(_LEADS.match(inside) or name.group(1).lower() in ANIMALS | PEOPLE or describes)
 
 
 def plain_phrase(phrase: str) -> str:
@@ -51,6 +77,8 @@ def set_apart(prompt: str, speaks_of_places: Callable[[str], bool]) -> list[tupl
     text = plain_text(prompt)
     hidden = [match.span() for match in _ASIDE.finditer(prompt)
               if _follows_name(text, match.start()) and not speaks_of_places(plain_text(match.group(1)))]
+    hidden += [match.span() for match in _BRACKETS.finditer(prompt) if not _LEADS.match(match.group(1))
+               and _is_remark(prompt, match) and not speaks_of_places(match.group(1))]
     for match in _QUOTED.finditer(text):
         inside = match.group(match.lastindex)
         if _SAID.search(text[max(0, match.start() - _REACH):match.start()]) or (

@@ -20,10 +20,20 @@ JOINTS = {word: kind for kind, words in {
     "and": _set("and plus & +"), "or": _set("or"), "with": _set("with"), "both": _set("both"), "clause": CLAUSE_WORDS,
     "relative": _set("which who whose whom"), "it": _set("it"), "he": _set("he she him"), "they": _set("they them"),
 }.items() for word in words}
-NEGATIONS = _set("not no never cannot without neither hardly except excluding")
+NEGATIONS = _set("not no cannot without neither except excluding nowhere")
+NEGATING_ADVERBS = _set("hardly seldom rarely scarcely barely unlikely")  # "a rarely seen dog" has one that negates nothing else
 SEVERAL_WORDS = {"rather than": "not", "instead of": "not", "as opposed to": "not", "no longer": "not",
-                 "anything but": "not", "everything but": "not", "as well as": "and",
+                 "anything but": "not", "everything but": "not", "anywhere but": "not", "everywhere but": "not",
+                 "by no means": "not", "no more": "not", "in no way": "not", "on no account": "not",
+                 "far from": "not", "nowhere near": "not",
+                 "without any": "never", "without a single": "never", "used to": "never",
+                 **{f"{adverb} ever": "not" for adverb in ("hardly", "scarcely", "barely", "rarely")},
+                 **{f"{verb} to": "never" for verb in ("refuse refuses refused refusing fail fails failed failing").split()},
+                 "false that": "deny", "untrue that": "deny", "not true that": "deny", "not the case that": "deny",
+                 "negative prompt": "deny", "as well as": "and",
                  "together with": "with", "along with": "with", "both of": "both"}
+DENIALS = {  # "never" negates all of its clause, "deny" the rest of the sentence
+    "lacking": "never", "lacks": "never", "avoid": "deny", "avoiding": "deny", "avoids": "deny"}
 CONTRACTIONS = {"that's": "that is", "who's": "who is", "which's": "which is", "it's": "it is", "he's": "he is",
                 "she's": "she is", "there's": "there is", "here's": "here is", "they're": "they are",
                 "what's": "what is", "nor": "or not"}
@@ -58,7 +68,7 @@ ADJECTIVES = _set(
     "big small large little tiny huge giant tall short long old young new red green blue yellow purple pink brown "
     "black white grey gray golden silver cute fluffy happy sad beautiful pretty shiny wooden plastic metal striped "
     "spotted furry soft dark bright colorful colourful round very")
-LATE_ADVERBS = _set("just far high right straight also up down there here together alone close only hand side way well "
+LATE_ADVERBS = _set("just far high right straight also up down there here together alone close only side way well "
                     "even away almost nearly exactly partly")
 LY_NOUNS = _set("butterfly family lily jelly fly belly assembly dragonfly firefly bully trolly dolly teddy")
 ING_NOUNS = _set("ring king string wing building painting swing ceiling earring clothing wedding thing sibling duckling "
