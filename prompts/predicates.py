@@ -82,14 +82,18 @@ _TURNED = re.compile(r"\b(?:look|fac|turn|point|lean|tilt|mov|walk|runn|head|gla
 
 _REASONS = {"other": "only left, right, above and below are steered",
             "part": "it may mean a part of it; write \"above\" or \"on top of\" where that is meant",
-            "whose": "write \"to the left of\" or \"to the right of\" and the object"}
+            "whose": "write \"to the left of\" or \"to the right of\" and the object",
+            "misspelt": "it looks like a misspelt relation"}
 _ORDER = re.compile(r"(?<![\w\-])(?:from\s+)?(?:the\s+)?(?P<first>left|right|top|bottom)\s+to\s+(?:the\s+)?"
                     r"(?:left|right|top|bottom)(?![\w\-])", re.IGNORECASE)
+_MISSPELT = (rf"(?:to|on|at){_GAP}(?:the{_GAP})?(?:rigth|rihgt|rgiht|riht|rigt|righ|rght|lfet|letf|elft|lef|lft|leftt){_GAP}of|beneth"
+             r"|beneeth|benath|benneath|undernead|underneeth|underneth|undeneath|abov|abve|abvoe|aboce|aboove|belwo|bellow|beloww")
 _UNSTEERED = re.compile(
     rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both|each|every){_GAP}sides?{_OF})"
     rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
     rf"(?:{_GAP}(?:corner|half|part|edge|side))?{_OF})"
-    rf"|(?P<whose>(?:to|on|at){_GAP}(?:the|an?){_GAP}\w{{1,20}}(?:{_GAP}\w{{1,20}})?['\u2019]s{_GAP}{_SIDE}))"
+    rf"|(?P<whose>(?:to|on|at){_GAP}(?:the|an?){_GAP}\w{{1,20}}(?:{_GAP}\w{{1,20}})?['\u2019]s{_GAP}{_SIDE})"
+    rf"|(?P<misspelt>{_MISSPELT}))"
     r"(?![\w\-'\u2019])", re.IGNORECASE)
 
 
