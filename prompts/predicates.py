@@ -86,8 +86,9 @@ _REASONS = {"other": "only left, right, above and below are steered",
             "misspelt": "it looks like a misspelt relation"}
 _ORDER = re.compile(r"(?<![\w\-])(?:from\s+)?(?:the\s+)?(?P<first>left|right|top|bottom)\s+to\s+(?:the\s+)?"
                     r"(?:left|right|top|bottom)(?![\w\-])", re.IGNORECASE)
-_MISSPELT = (rf"(?:to|on|at){_GAP}(?:the{_GAP})?(?:rigth|rihgt|rgiht|riht|rigt|righ|rght|lfet|letf|elft|lef|lft|leftt){_GAP}of|beneth"
-             r"|beneeth|benath|benneath|undernead|underneeth|underneth|undeneath|abov|abve|abvoe|aboce|aboove|belwo|bellow|beloww")
+_MISSPELT = (rf"(?:to|on|at){_GAP}(?:the{_GAP})?(?:rigth|rihgt|rgiht|riht|rigt|righ|rght|lfet|letf|elft|lef|lft|leftt){_GAP}of"
+             r"|beneth|beneeth|benath|benneath|undernead|underneeth|underneth|undeneath"
+             r"|abov|abve|abvoe|aboce|aboove|belwo|bellow|beloww")
 _UNSTEERED = re.compile(
     rf"(?<![\w\-])(?:(?P<other>next{_GAP}to|beside|behind|in{_GAP}front{_OF}|between|on{_GAP}(?:either|both|each|every){_GAP}sides?{_OF})"
     rf"|(?P<part>(?:at|in|near){_GAP}the{_GAP}(?:(?:upper|top|lower|bottom)[\s\-]*)?(?:left|right|top|bottom)"
