@@ -34,6 +34,9 @@ class MovedLatent:
         return self._own + self._move
 
     def result(self, own: Tensor) -> Tensor:
+        """The sampler's result with the move. Raises SteeringError where the run was shorter or longer than its rehearsal."""
+        if self._move is not None and self.evaluations != len(self.rehearsal.kept[self._since]) - 1:
+            raise self._unlike_rehearsal()
         return self._with_move(own, -1)
 
     def watched(self, callback: Callable | None) -> Callable:

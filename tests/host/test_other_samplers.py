@@ -51,6 +51,7 @@ REFUSED = {
     other.sample_growing: "changes the latent's size from [1, 4, 16, 16] to [1, 4, 16, 32]",
     other.sample_broken: "failed in a rehearsal on a latent of 8 x 8 cells (RuntimeError: latent too small for tiles of 16)",
     other.sample_by_what_it_sees: "evaluates the model a different number of times than in its rehearsal",
+    other.sample_until_good_enough: "evaluates the model a different number of times than in its rehearsal",
 }
 
 
@@ -62,6 +63,12 @@ def test_what_cannot_be_steered_is_refused_with_the_reason(bench: Bench, functio
     name = function.__name__.removeprefix("sample_")
     assert str(error.value).startswith(f"input 'sampler': {name} ") and REFUSED[function] in str(error.value)
     assert "so it cannot be steered. Use euler" in str(error.value)
+
+
+def test_an_early_end_without_a_move_is_left_alone(bench: Bench):
+    patched, _ = apply_steering(bench.scene.model, bench.scene.steering(stop_probability=0.0))
+    sampler = ksampler(other.sample_until_good_enough)
+    assert torch.equal(bench.run(patched, sampler, SIGMAS), bench.run(bench.scene.model, sampler, SIGMAS))
 
 
 def test_messages_name_the_sampler_as_it_was_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch):
