@@ -25,7 +25,12 @@ from .stepping import RehearsedModel, SteeringError
 CELLS = 8
 """Maximum height and width of the rehearsal's latent, in cells."""
 SHIFT = 16.0
-"""Shift of the second rehearsal's latent, in units of the largest sigma."""
+"""Mean shift of the second rehearsal's latent, in units of the largest sigma."""
+UNEVEN = 0.25
+"""Standard deviation of the shift over channels and cells, in units of its mean. Its pattern is random: no symmetry hides a
+sampler that moves cells."""
+BLURRED = 0.05
+"""Share of a shift by which its pattern may change on the way."""
 FAINT = 1e-4
 """Share of the shift below which rounding hides the response. The run is then rehearsed again from a later step."""
 ROUNDING = 0.01
@@ -83,7 +88,14 @@ class Stage:
     def refuse(self, reason: str) -> SteeringError:
         return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {ADVICE}")
 
-    def trial(self, sigmas: Tensor, shift: float) -> Trial:
+    def draw(self, seed: int) -> Tensor:
+        """Standard normal numbers in the shape of the rehearsal's latent: one picture, all channels, few cells."""
+        shape = [1] * (self.x.ndim - 2) + [min(CELLS, side) for side in self.x.shape[-2:]]
+        if self.x.ndim > 3:
+            shape[1] = self.x.shape[1]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.x)
+
+    def trial(self, sigmas: Tensor, shift: Tensor | float) -> Trial:
         """Runs the sampler on noise shifted by `shift`, with a model whose output is 0."""
         trial = Trial([], [], {}, {})
         most = 1000 + 100 * len(sigmas)
@@ -104,13 +116,11 @@ class Stage:
                 trial.reported[info["i"]] = len(trial.levels)
                 trial.named[info["i"]] = tuple(float(info[key]) for key in ("sigma", "sigma_hat") if key in info)
 
-        shape = [1] * (self.x.ndim - 2) + [min(CELLS, side) for side in self.x.shape[-2:]]
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.x)
         extra_args = {**self.extra_args, **({"denoise_mask": None} if "denoise_mask" in self.extra_args else {})}
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                result = self.function(RehearsedModel(self.model, around), noise * sigmas[0] + shift, sigmas.clone(),
+                result = self.function(RehearsedModel(self.model, around), self.draw(0) * sigmas[0] + shift, sigmas.clone(),
                                        extra_args=extra_args, callback=callback, **{**self.options, "disable": True})
             except (SteeringError, comfy.model_management.InterruptProcessingException):
                 raise
@@ -122,22 +132,34 @@ class Stage:
 
     def response(self, sigmas: Tensor) -> tuple[Trial, list[float]]:
         """A rehearsed run, and the share of a shift of its first latent that reaches each evaluation and, last, the result."""
-        shift = SHIFT * float(sigmas.max())
+        shift = SHIFT * float(sigmas.max()) * (1 + UNEVEN * self.draw(1))
         plain, shifted = self.trial(sigmas, 0.0), self.trial(sigmas, shift)
         if not _same_levels(plain.levels, shifted.levels):
             raise self.refuse("chooses its own noise levels: they depend on the latent")
-        kept = [float((b - a).mean()) / shift for a, b in zip(plain.latents, shifted.latents, strict=True)]
-        if not all(map(math.isfinite, kept)):
+        return plain, [self._share(b - a, shift) for a, b in zip(plain.latents, shifted.latents, strict=True)]
+
+    def _share(self, difference: Tensor, shift: Tensor) -> float:
+        """The factor by which `difference` is a multiple of `shift`. Of a resized latent, only the mean is compared."""
+        difference, shift = difference.double(), shift.double()
+        size = float(shift.mean())
+        kept = float(difference.mean()) / size
+        if not difference.isfinite().all():
             raise self.refuse("gives values that are not finite on this schedule")
-        return plain, kept
+        if difference.shape != shift.shape:
+            return kept
+        kept = float((difference * shift).sum() / shift.square().sum())
+        rounding = 100 * torch.finfo(self.x.dtype).eps
+        if float((difference - kept * shift).square().mean().sqrt()) > (BLURRED * abs(kept) + rounding) * size:
+            raise self.refuse("moves the latent's cells about or mixes them: a move of some cells reaches others")
+        return kept
 
 
 def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, options: dict,
              window: frozenset[int]) -> Rehearsal:
     """Rehearses a sampler function for the steps in `window`, on a small latent and with a model whose output is 0.
 
-    Raises SteeringError for a sampler that chooses its own noise levels, that passes the model an unrelated latent, or that
-    does not preserve the direction of a move and scale it with the noise level.
+    Raises SteeringError for a sampler that chooses its own noise levels, that passes the model an unrelated latent, that
+    moves cells about, or that does not preserve the direction of a move and scale it with the noise level.
     """
     sampler = chosen_sampler(function, options)
     if not window:

@@ -42,6 +42,16 @@ def test_a_step_begins_at_its_own_level_where_the_callback_comes_after_the_subst
     assert seen == pytest.approx(SIGMAS[:len(seen)], rel=0.01) and len(seen) >= 3
 
 
+@pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
+def test_rounding_refuses_no_sound_sampler(bench: Bench, scheduler: str):
+    """Rehearsed on whole schedules of 20 steps, where a move decays by a factor of thousands. Nothing is moved."""
+    model = with_output(bench.scene.model, silent)
+    patched, _ = apply_steering(model, bench.scene.steering(stop_probability=0.0, end=0.5))
+    sigmas = tuple(comfy.samplers.calculate_sigmas(bench.sampling, scheduler, 20).tolist())
+    for name in ("euler", "dpmpp_sde", "dpmpp_3m_sde", "sa_solver_pece", "seeds_3", "er_sde", "uni_pc"):
+        assert bench.run(patched, comfy.samplers.sampler_object(name), sigmas).isfinite().all(), name
+
+
 REFUSED = {
     other.sample_turning: "reverses a move of its latent: a move by 1 at step 0 becomes one by -0.55 at step 1",
     other.sample_ignoring: "hands the model another latent than the one it was given",
@@ -51,6 +61,10 @@ REFUSED = {
     other.sample_growing: "changes the latent's size from [1, 4, 16, 16] to [1, 4, 16, 32]",
     other.sample_broken: "failed in a rehearsal on a latent of 8 x 8 cells (RuntimeError: latent too small for tiles of 16)",
     other.sample_by_what_it_sees: "evaluates the model a different number of times than in its rehearsal",
+    other.sample_rolling: "moves the latent's cells about or mixes them",
+    other.sample_flipping: "moves the latent's cells about or mixes them",
+    other.sample_swapping_channels: "moves the latent's cells about or mixes them",
+    other.sample_smoothing: "moves the latent's cells about or mixes them",
     other.sample_until_good_enough: "evaluates the model a different number of times than in its rehearsal",
 }
 
