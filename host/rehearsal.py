@@ -10,6 +10,8 @@ latent, and lms, ipndm, deis and gradient_estimation extrapolate from derivative
 """
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -39,7 +41,7 @@ LARGEST = 2.0
 """Largest share of a move that a sampler may keep, in units of sigma_next / sigma. ipndm_v's weights do not sum to 1."""
 LAST_SIGMA = 1e-3
 """The sigma at which uni_pc ends; other samplers end at 0."""
-ADVICE = "Use euler, ddim, dpmpp_2m, heun or another sampler of ComfyUI."
+ADVISED = ("euler", "ddim", "dpmpp_2m", "heun")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Stage:
     sampler: str
 
     def refuse(self, reason: str) -> SteeringError:
-        return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {ADVICE}")
+        return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {advice(self.sampler)}")
 
     def draw(self, seed: int) -> Tensor:
         """Standard normal numbers in the shape of the rehearsal's latent: one picture, all channels, few cells."""
@@ -101,6 +103,7 @@ class Stage:
         most = 1000 + 100 * len(sigmas)
 
         def around(_, x, sigma, arguments):
+            comfy.model_management.throw_exception_if_processing_interrupted()
             if len(trial.levels) == most:
                 raise self.refuse(f"chooses its own noise levels: it evaluated the model {most} times")
             trial.levels.append(float(sigma.flatten()[0]))
@@ -117,8 +120,7 @@ class Stage:
                 trial.named[info["i"]] = tuple(float(info[key]) for key in ("sigma", "sigma_hat") if key in info)
 
         extra_args = {**self.extra_args, **({"denoise_mask": None} if "denoise_mask" in self.extra_args else {})}
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with _unchanged_random_state(self.x.device):
             try:
                 result = self.function(RehearsedModel(self.model, around), self.draw(0) * sigmas[0] + shift, sigmas.clone(),
                                        extra_args=extra_args, callback=callback, **{**self.options, "disable": True})
@@ -170,14 +172,14 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
     stage = Stage(function, model, x, extra_args, options, sampler)
     trial, response = stage.response(sigmas)
     begins = _begins(stage, trial, sigmas)
-    kept = {}
+    kept, runs = {}, functools.cache(lambda start: stage.response(sigmas[start:]))
     for step in sorted(window):
         if step not in begins:
             raise stage.refuse(f"does not evaluate the model in step {step}")
         begin = begins[step]
         for start in (step - 1, step):  # try the step before first: a sampler may do less in its own first step
             if response[begin] < FAINT and start > 0:
-                response = _resumed(stage, start, trial.levels, begin, sigmas)
+                response = _resumed(stage, start, trial.levels, begin, runs)
         if response[begin] < FAINT:
             raise stage.refuse("hands the model another latent than the one it was given")
         kept[step] = (0.0,) * begin + tuple(share / response[begin] for share in response[begin:])
@@ -185,13 +187,13 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
     return Rehearsal(sampler, {call: step for step, call in begins.items()}, trial.reported, kept)
 
 
-def _resumed(stage: Stage, start: int, levels: list[float], begin: int, sigmas: Tensor) -> list[float]:
+def _resumed(stage: Stage, start: int, levels: list[float], begin: int, runs: Callable) -> list[float]:
     """The response of a run that starts at step `start`, aligned with the whole run; 0 before evaluation `begin`.
 
     sa_solver_pece evaluates the model once in its first step and twice, at one level, in every other. The missing
     evaluations are filled in.
     """
-    trial, response = stage.response(sigmas[start:])
+    trial, response = runs(start)
     remaining = len(levels) - begin
     missing = max(0, remaining - len(trial.levels))
     if not _same_levels(trial.levels[:1] * missing + trial.levels[-remaining:], levels[begin:]):
@@ -237,6 +239,11 @@ def _check_direction_and_size(stage: Stage, step: int, kept: tuple[float, ...], 
                                f"where the noise level leaves {left:.2g}")
 
 
+def advice(sampler: str) -> str:
+    """What to use in place of `sampler`, which was refused."""
+    return f"Use {', '.join(name for name in ADVISED if name != sampler.rsplit(': ', 1)[-1])} or another sampler of ComfyUI."
+
+
 def chosen_sampler(function: Callable, options: dict) -> str:
     """The user's choice of sampler in words: a name of the host's list, or a SAMPLER made by a node."""
     function = inspect.unwrap(function)
@@ -255,6 +262,20 @@ def _listed_samplers() -> Iterator[tuple[str, Callable]]:
             yield name, inspect.unwrap(comfy.samplers.sampler_object(name).sampler_function)
         except Exception:  # a name that a pack added and the host cannot make; it is only wanted for messages
             continue
+
+
+@contextlib.contextmanager
+def _unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the generators of the CPU and of `device` afterwards. Two trials thus draw the same numbers; none is seeded."""
+    module = getattr(torch, device.type, None)
+    where = () if device.type == "mps" else (device,)  # older releases of torch.mps take no device
+    cpu, own = torch.get_rng_state(), module.get_rng_state(*where) if hasattr(module, "get_rng_state") else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if own is not None:
+            module.set_rng_state(own, *where)
 
 
 def _same_levels(one: list[float], other: list[float]) -> bool:

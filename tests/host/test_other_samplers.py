@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 
 import comfy.k_diffusion.sampling
+import comfy.model_management
 import comfy.samplers
 import other_samplers as other
 import pytest
@@ -11,6 +12,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import SamplerDPMAdaptative
 from conftest import Scene
 from learn_to_steer.host.patching import apply_steering
+from learn_to_steer.host.rehearsal import advice, rehearse
 from learn_to_steer.host.stepping import SteeringError
 from response import SIGMAS, Bench, ksampler, near, silent, with_output
 from torch import Tensor
@@ -106,3 +108,42 @@ def test_a_schedule_that_is_not_finite(bench: Bench):
     assert torch.isnan(sigmas).any()
     with pytest.raises(SteeringError, match="^the schedule's noise levels are not all finite .nan, 0."):
         bench.run(patched, comfy.samplers.ksampler("euler"), tuple(sigmas.tolist()))
+
+
+def test_cancel_ends_a_rehearsal_at_its_next_evaluation(bench: Bench):
+    calls = []
+
+    def cancelled(model, x, sigmas, **arguments):
+        def counted(*positional, **named):
+            calls.append(1)
+            if len(calls) == 3:
+                comfy.model_management.interrupt_current_processing()
+            return model(*positional, **named)
+
+        counted.inner_model = model.inner_model
+        return comfy.k_diffusion.sampling.sample_lcm(counted, x, sigmas, **arguments)
+
+    patched, _ = apply_steering(bench.scene.model, bench.scene.steering())
+    sigmas = tuple(comfy.samplers.calculate_sigmas(bench.sampling, "normal", 200).tolist())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        bench.run(patched, ksampler(cancelled), sigmas)
+    assert len(calls) == 3
+
+
+def test_a_rehearsal_seeds_no_generator(monkeypatch: pytest.MonkeyPatch):
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    state = torch.get_rng_state()
+    drawn = []
+
+    def sampler(model, x, sigmas, extra_args, callback, disable):
+        drawn.append(torch.randn(3))
+        return other.sample_copying(model, x, sigmas, extra_args, callback)
+
+    rehearse(sampler, lambda x: x, torch.zeros(1, 4, 8, 8), torch.tensor(SIGMAS), {"model_options": {}}, {}, frozenset({0}))
+    assert not seeded and torch.equal(torch.get_rng_state(), state) and torch.equal(*drawn)
+
+
+def test_advice_leaves_out_the_refused_sampler():
+    assert advice("input 'sampler_name': euler") == "Use ddim, dpmpp_2m, heun or another sampler of ComfyUI."
+    assert advice("input 'sampler': turning") == "Use euler, ddim, dpmpp_2m, heun or another sampler of ComfyUI."
