@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .rehearsal import ADVICE, Rehearsal
+from .rehearsal import Rehearsal, advice
 from .stepping import SteeringError
 
 
@@ -34,6 +34,9 @@ class MovedLatent:
         return self._own + self._move
 
     def result(self, own: Tensor) -> Tensor:
+        """The sampler's result with the move. Raises SteeringError where the run was shorter or longer than its rehearsal."""
+        if self._move is not None and self.evaluations != len(self.rehearsal.kept[self._since]) - 1:
+            raise self._unlike_rehearsal()
         return self._with_move(own, -1)
 
     def watched(self, callback: Callable | None) -> Callable:
@@ -55,7 +58,8 @@ class MovedLatent:
             return own
         if move.shape != own.shape:
             raise SteeringError(f"{self.rehearsal.sampler} changes the latent's size from {list(move.shape)} to "
-                                f"{list(own.shape)} and keeps the move that steering made, so it cannot be steered. {ADVICE}")
+                                f"{list(own.shape)} and keeps the move that steering made, so it cannot be steered. "
+                                f"{advice(self.rehearsal.sampler)}")
         return own + move
 
     def _moved_by(self, call: int) -> Tensor | None:
@@ -68,4 +72,4 @@ class MovedLatent:
 
     def _unlike_rehearsal(self) -> SteeringError:
         return SteeringError(f"{self.rehearsal.sampler} evaluates the model a different number of times than in its "
-                             f"rehearsal, so it cannot be steered. {ADVICE}")
+                             f"rehearsal, so it cannot be steered. {advice(self.rehearsal.sampler)}")

@@ -10,6 +10,8 @@ latent, and lms, ipndm, deis and gradient_estimation extrapolate from derivative
 """
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +27,12 @@ from .stepping import RehearsedModel, SteeringError
 CELLS = 8
 """Maximum height and width of the rehearsal's latent, in cells."""
 SHIFT = 16.0
-"""Shift of the second rehearsal's latent, in units of the largest sigma."""
+"""Mean shift of the second rehearsal's latent, in units of the largest sigma."""
+UNEVEN = 0.25
+"""Standard deviation of the shift over channels and cells, in units of its mean. Its pattern is random: no symmetry hides a
+sampler that moves cells."""
+BLURRED = 0.05
+"""Share of a shift by which its pattern may change on the way."""
 FAINT = 1e-4
 """Share of the shift below which rounding hides the response. The run is then rehearsed again from a later step."""
 ROUNDING = 0.01
@@ -34,7 +41,7 @@ LARGEST = 2.0
 """Largest share of a move that a sampler may keep, in units of sigma_next / sigma. ipndm_v's weights do not sum to 1."""
 LAST_SIGMA = 1e-3
 """The sigma at which uni_pc ends; other samplers end at 0."""
-ADVICE = "Use euler, ddim, dpmpp_2m, heun or another sampler of ComfyUI."
+ADVISED = ("euler", "ddim", "dpmpp_2m", "heun")
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,22 @@ class Stage:
     sampler: str
 
     def refuse(self, reason: str) -> SteeringError:
-        return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {ADVICE}")
+        return SteeringError(f"{self.sampler} {reason}, so it cannot be steered. {advice(self.sampler)}")
 
-    def trial(self, sigmas: Tensor, shift: float) -> Trial:
+    def draw(self, seed: int) -> Tensor:
+        """Standard normal numbers in the shape of the rehearsal's latent: one picture, all channels, few cells."""
+        shape = [1] * (self.x.ndim - 2) + [min(CELLS, side) for side in self.x.shape[-2:]]
+        if self.x.ndim > 3:
+            shape[1] = self.x.shape[1]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.x)
+
+    def trial(self, sigmas: Tensor, shift: Tensor | float) -> Trial:
         """Runs the sampler on noise shifted by `shift`, with a model whose output is 0."""
         trial = Trial([], [], {}, {})
         most = 1000 + 100 * len(sigmas)
 
         def around(_, x, sigma, arguments):
+            comfy.model_management.throw_exception_if_processing_interrupted()
             if len(trial.levels) == most:
                 raise self.refuse(f"chooses its own noise levels: it evaluated the model {most} times")
             trial.levels.append(float(sigma.flatten()[0]))
@@ -104,13 +119,10 @@ class Stage:
                 trial.reported[info["i"]] = len(trial.levels)
                 trial.named[info["i"]] = tuple(float(info[key]) for key in ("sigma", "sigma_hat") if key in info)
 
-        shape = [1] * (self.x.ndim - 2) + [min(CELLS, side) for side in self.x.shape[-2:]]
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.x)
         extra_args = {**self.extra_args, **({"denoise_mask": None} if "denoise_mask" in self.extra_args else {})}
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with _unchanged_random_state(self.x.device):
             try:
-                result = self.function(RehearsedModel(self.model, around), noise * sigmas[0] + shift, sigmas.clone(),
+                result = self.function(RehearsedModel(self.model, around), self.draw(0) * sigmas[0] + shift, sigmas.clone(),
                                        extra_args=extra_args, callback=callback, **{**self.options, "disable": True})
             except (SteeringError, comfy.model_management.InterruptProcessingException):
                 raise
@@ -122,22 +134,34 @@ class Stage:
 
     def response(self, sigmas: Tensor) -> tuple[Trial, list[float]]:
         """A rehearsed run, and the share of a shift of its first latent that reaches each evaluation and, last, the result."""
-        shift = SHIFT * float(sigmas.max())
+        shift = SHIFT * float(sigmas.max()) * (1 + UNEVEN * self.draw(1))
         plain, shifted = self.trial(sigmas, 0.0), self.trial(sigmas, shift)
         if not _same_levels(plain.levels, shifted.levels):
             raise self.refuse("chooses its own noise levels: they depend on the latent")
-        kept = [float((b - a).mean()) / shift for a, b in zip(plain.latents, shifted.latents, strict=True)]
-        if not all(map(math.isfinite, kept)):
+        return plain, [self._share(b - a, shift) for a, b in zip(plain.latents, shifted.latents, strict=True)]
+
+    def _share(self, difference: Tensor, shift: Tensor) -> float:
+        """The factor by which `difference` is a multiple of `shift`. Of a resized latent, only the mean is compared."""
+        difference, shift = difference.double(), shift.double()
+        size = float(shift.mean())
+        kept = float(difference.mean()) / size
+        if not difference.isfinite().all():
             raise self.refuse("gives values that are not finite on this schedule")
-        return plain, kept
+        if difference.shape != shift.shape:
+            return kept
+        kept = float((difference * shift).sum() / shift.square().sum())
+        rounding = 100 * torch.finfo(self.x.dtype).eps
+        if float((difference - kept * shift).square().mean().sqrt()) > (BLURRED * abs(kept) + rounding) * size:
+            raise self.refuse("moves the latent's cells about or mixes them: a move of some cells reaches others")
+        return kept
 
 
 def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, options: dict,
              window: frozenset[int]) -> Rehearsal:
     """Rehearses a sampler function for the steps in `window`, on a small latent and with a model whose output is 0.
 
-    Raises SteeringError for a sampler that chooses its own noise levels, that passes the model an unrelated latent, or that
-    does not preserve the direction of a move and scale it with the noise level.
+    Raises SteeringError for a sampler that chooses its own noise levels, that passes the model an unrelated latent, that
+    moves cells about, or that does not preserve the direction of a move and scale it with the noise level.
     """
     sampler = chosen_sampler(function, options)
     if not window:
@@ -148,14 +172,14 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
     stage = Stage(function, model, x, extra_args, options, sampler)
     trial, response = stage.response(sigmas)
     begins = _begins(stage, trial, sigmas)
-    kept = {}
+    kept, runs = {}, functools.cache(lambda start: stage.response(sigmas[start:]))
     for step in sorted(window):
         if step not in begins:
             raise stage.refuse(f"does not evaluate the model in step {step}")
         begin = begins[step]
         for start in (step - 1, step):  # try the step before first: a sampler may do less in its own first step
             if response[begin] < FAINT and start > 0:
-                response = _resumed(stage, start, trial.levels, begin, sigmas)
+                response = _resumed(stage, start, trial.levels, begin, runs)
         if response[begin] < FAINT:
             raise stage.refuse("hands the model another latent than the one it was given")
         kept[step] = (0.0,) * begin + tuple(share / response[begin] for share in response[begin:])
@@ -163,13 +187,13 @@ def rehearse(function: Callable, model: Callable, x: Tensor, sigmas: Tensor, ext
     return Rehearsal(sampler, {call: step for step, call in begins.items()}, trial.reported, kept)
 
 
-def _resumed(stage: Stage, start: int, levels: list[float], begin: int, sigmas: Tensor) -> list[float]:
+def _resumed(stage: Stage, start: int, levels: list[float], begin: int, runs: Callable) -> list[float]:
     """The response of a run that starts at step `start`, aligned with the whole run; 0 before evaluation `begin`.
 
     sa_solver_pece evaluates the model once in its first step and twice, at one level, in every other. The missing
     evaluations are filled in.
     """
-    trial, response = stage.response(sigmas[start:])
+    trial, response = runs(start)
     remaining = len(levels) - begin
     missing = max(0, remaining - len(trial.levels))
     if not _same_levels(trial.levels[:1] * missing + trial.levels[-remaining:], levels[begin:]):
@@ -215,6 +239,11 @@ def _check_direction_and_size(stage: Stage, step: int, kept: tuple[float, ...], 
                                f"where the noise level leaves {left:.2g}")
 
 
+def advice(sampler: str) -> str:
+    """What to use in place of `sampler`, which was refused."""
+    return f"Use {', '.join(name for name in ADVISED if name != sampler.rsplit(': ', 1)[-1])} or another sampler of ComfyUI."
+
+
 def chosen_sampler(function: Callable, options: dict) -> str:
     """The user's choice of sampler in words: a name of the host's list, or a SAMPLER made by a node."""
     function = inspect.unwrap(function)
@@ -233,6 +262,20 @@ def _listed_samplers() -> Iterator[tuple[str, Callable]]:
             yield name, inspect.unwrap(comfy.samplers.sampler_object(name).sampler_function)
         except Exception:  # a name that a pack added and the host cannot make; it is only wanted for messages
             continue
+
+
+@contextlib.contextmanager
+def _unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the generators of the CPU and of `device` afterwards. Two trials thus draw the same numbers; none is seeded."""
+    module = getattr(torch, device.type, None)
+    where = () if device.type == "mps" else (device,)  # older releases of torch.mps take no device
+    cpu, own = torch.get_rng_state(), module.get_rng_state(*where) if hasattr(module, "get_rng_state") else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if own is not None:
+            module.set_rng_state(own, *where)
 
 
 def _same_levels(one: list[float], other: list[float]) -> bool:

@@ -88,3 +88,43 @@ def sample_by_what_it_sees(model, x, sigmas, extra_args=None, callback=None, dis
         return x if model(x, sigma, **extra_args).abs().max() < 1e-3 else x + 0 * model(x, sigma, **extra_args)
 
     return _euler(model, x, sigmas, extra_args, callback, hand_over)
+
+
+def sample_until_good_enough(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler that stops early where the model's output is large. A rehearsal with output 0 cannot detect that."""
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        if i == 2 and denoised.abs().max() > 1e-3:
+            return denoised
+        x = denoised + sigmas[i + 1] / sigmas[i] * (x - denoised)
+    return x
+
+
+def _rearranging(rearranged, model, x, sigmas, extra_args, callback):
+    """Euler that moves the latent's cells after each step."""
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = rearranged(denoised + sigmas[i + 1] / sigmas[i] * (x - denoised))
+    return x
+
+
+def sample_rolling(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Rolls the picture after each step, as samplers for seamless tiles and panoramas do."""
+    return _rearranging(lambda x: x.roll(4, -1), model, x, sigmas, extra_args, callback)
+
+
+def sample_flipping(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Mirrors the picture after each step."""
+    return _rearranging(lambda x: x.flip(-1), model, x, sigmas, extra_args, callback)
+
+
+def sample_swapping_channels(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Reverses the channels after each step."""
+    return _rearranging(lambda x: x.flip(1), model, x, sigmas, extra_args, callback)
+
+
+def sample_smoothing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Averages each cell with its neighbour after each step."""
+    return _rearranging(lambda x: (x + x.roll(1, -2)) / 2, model, x, sigmas, extra_args, callback)
