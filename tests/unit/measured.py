@@ -58,6 +58,7 @@ def read_apart(read: Callable[[Path], object], path: Path, before: Callable[[], 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     importlib.import_module("dev")  # registers the pack
+    importlib.import_module("torch").set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
     shipped = Path(__file__).resolve().parents[2] / "classifiers" / "weights"
     known = readers()
     known["classifier"](shipped / "toyworld_unet.safetensors")
