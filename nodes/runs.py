@@ -12,14 +12,16 @@ def find_run(log: RunLog, samples: dict, hidden, log_input: str) -> Run:
 
     hidden: of the node that asks, with the prompt and its own id; log_input: the name of its input for `log`. Raises LookupError
     where the latent comes from elsewhere. A latent whose line leads through the patched MODEL, but that no run gave, is an
-    empty run with the reason; its effect is unknown if the MODEL has sampled before.
+    empty run with the reason. Its effect is unknown if the MODEL has sampled before and no denoise on the line is 0.
     """
     try:
         return log.find(samples["samples"]).whole()
     except LookupError:
-        if hidden is None or not _leads_through(hidden.prompt or {}, hidden.unique_id, log_input):
+        prompt = {} if hidden is None else hidden.prompt or {}
+        line = _line(prompt, hidden.unique_id, log_input) if prompt else set()
+        if not line:
             raise
-        if log.last is None:
+        if log.last is None or any(prompt.get(node, {}).get("inputs", {}).get("denoise") == 0 for node in line):
             return log.blank("the sampler ran no denoising step (is denoise 0?)")
         return _unknown(log.blank("a node between the sampler and this one changed the latent, or the sampler ran no denoising "
                                   "step (is denoise 0?). Connect the sampler's LATENT output directly"))
@@ -30,11 +32,11 @@ def _unknown(run: Run) -> Run:
     return run if run.report is None else Run(run.maps, replace(run.report, is_known=False))
 
 
-def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:
-    """Whether the node's latent was made with the MODEL of the node that its log comes from."""
+def _line(prompt: Mapping, node: str, log_input: str) -> set[str]:
+    """Ids of the nodes that lead to the node's latent; empty unless the node that its log comes from is among them."""
     links = prompt.get(node, {}).get("inputs", {})
     if not all(_is_link(links.get(name)) for name in (log_input, "samples")):
-        return False
+        return set()
     waiting, seen, patch = [links["samples"][0]], set(), links[log_input][0]
     while waiting:
         current = waiting.pop()
@@ -42,7 +44,7 @@ def _leads_through(prompt: Mapping, node: str, log_input: str) -> bool:
             seen.add(current)
             inputs = prompt.get(current, {}).get("inputs", {}).values()
             waiting += [value[0] for value in inputs if _is_link(value)]
-    return patch in seen
+    return seen if patch in seen else set()
 
 
 def _is_link(value: object) -> bool:

@@ -132,6 +132,10 @@ def test_a_changed_latent_of_a_model_that_has_sampled_is_unknown(scene: Scene):
     report = find_run(runs, {"samples": out["samples"].flip(-1)}, Hidden("2"), "steering").report
     assert report.effect == "unknown" and report.to_text().startswith("effect: unknown")
     assert "a node between the sampler and this one changed the latent" in report.to_text()
+    hidden = Hidden("2")
+    hidden.prompt["2"]["inputs"]["denoise"] = 0.0
+    report = find_run(runs, {"samples": torch.zeros(1, 4, 16, 16)}, hidden, "steering").report
+    assert report.effect == "not steered" and "no denoising step" in report.to_text()
 
 
 def test_a_graph_without_a_relation_gives_nothing_to_watch_and_no_error(scene: Scene):
