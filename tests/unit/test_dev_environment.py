@@ -48,8 +48,9 @@ def test_wrong_words_are_refused(words):
 
 
 class RecordingEnvironment:
-    def __init__(self):
+    def __init__(self, modules: tuple[str, ...] = ()):
         self.words: tuple[str, ...] = ()
+        self.modules = modules
 
     def need(self, *modules: str) -> None:
         pass
@@ -57,6 +58,9 @@ class RecordingEnvironment:
     def call(self, *words: str) -> int:
         self.words = words
         return 0
+
+    def has(self, module: str) -> bool:
+        return module in self.modules
 
 
 @pytest.mark.parametrize("words, folders", [
@@ -67,6 +71,14 @@ def test_another_host_runs_the_host_and_server_tests(words, folders):
     env, root = RecordingEnvironment(), environment.ROOT
     assert cli.command_test(env, cli.parse(["test", *words])) == 0
     assert [(root / word).relative_to(root).as_posix() for word in env.words[4:] if (root / word).exists()] == folders
+
+
+@pytest.mark.parametrize("words, modules, apart", [
+    ([], ["xdist"], True), ([], [], False), (["-m", "fuzz"], ["xdist"], False), (["tests/host/test_off.py"], ["xdist"], False)])
+def test_the_whole_suite_runs_in_several_processes_where_it_can(words, modules, apart):
+    env = RecordingEnvironment(modules)
+    cli.command_test(env, cli.parse(["test", *words]))
+    assert ("-n" in env.words) == apart
 
 
 def test_oldest_is_a_name_for_the_first_of_the_hosts():
