@@ -32,7 +32,7 @@ def letters(text: str) -> str:
 def test_every_phrase_that_is_read_has_its_tokens(stream: str):
     found = 0
     for text in PROMPTS:
-        prompt = TokenisedPrompt.read(text, FLUX.tokenize_with_weights)
+        prompt = TokenisedPrompt.read(text, FLUX)
         for phrase in understand(text).phrases:
             assert letters(pieces(prompt, phrase, stream)) == letters(split_occurrence(phrase)[0]), (text, phrase)
             found += 1
@@ -49,12 +49,12 @@ def test_every_phrase_that_is_read_has_its_tokens(stream: str):
 def test_brackets_are_no_part_of_a_name(text: str, lines: str, phrase: str, stream: str):
     graph = build_graph(text, lines)
     assert phrase in graph.phrases
-    assert letters(pieces(TokenisedPrompt.read(graph.prompt, FLUX.tokenize_with_weights), phrase, stream)) == letters(phrase)
+    assert letters(pieces(TokenisedPrompt.read(graph.prompt, FLUX), phrase, stream)) == letters(phrase)
 
 
 def test_a_quoted_word_is_not_the_thing():
     text = 'a sign saying "dog" above a dog'
-    prompt = TokenisedPrompt.read(text, FLUX.tokenize_with_weights)
+    prompt = TokenisedPrompt.read(text, FLUX)
     first, second = (prompt.find(phrase, "l") for phrase in ("dog", "dog#2"))
     assert understand(text).phrases == ("sign", "dog#2") and first < second
 
@@ -68,24 +68,24 @@ def with_embedding(tmp_path) -> SD1Tokenizer:
 @pytest.mark.parametrize("text", ["embedding:my_cat above a dog", "a dog below (embedding:my_cat:1.2)",
                                   "a dog below embedding:my_cat, soft light", "a dog below an embedding:my_cat"])
 def test_an_embedding_is_an_object_by_its_full_name(with_embedding, text: str):
-    prompt = TokenisedPrompt.read(text, with_embedding.tokenize_with_weights)
+    prompt = TokenisedPrompt.read(text, with_embedding)
     graph = understand(text)
     assert set(graph.phrases) == {"embedding:my_cat", "dog"} and graph.not_understood == ()
     assert [prompt.streams["l"][place] for place in prompt.find("embedding:my_cat", "l")] == [-1, -1, -1]
 
 
 def test_an_embedding_that_the_host_lacks_is_named(with_embedding):
-    prompt = TokenisedPrompt.read("embedding:missing above a dog", with_embedding.tokenize_with_weights)
+    prompt = TokenisedPrompt.read("embedding:missing above a dog", with_embedding)
     with pytest.raises(TokenError, match="read no embedding \"missing\": there is no such file in models/embeddings"):
         prompt.find("embedding:missing", "l")
-    flux = TokenisedPrompt.read("embedding:my_cat above a dog", FLUX.tokenize_with_weights)
+    flux = TokenisedPrompt.read("embedding:my_cat above a dog", FLUX)
     with pytest.raises(TokenError, match="read no embedding \"my_cat\""):
         flux.find("embedding:my_cat", "t5xxl")
 
 
 @pytest.mark.parametrize("words", ["my_cat", "cat"])
 def test_the_name_without_its_prefix_is_refused_with_the_right_one(with_embedding, words: str):
-    prompt = TokenisedPrompt.read("embedding:my_cat above a dog", with_embedding.tokenize_with_weights)
+    prompt = TokenisedPrompt.read("embedding:my_cat above a dog", with_embedding)
     if words == "my_cat":
         with pytest.raises(TokenError, match="part of an embedding's name: write the object as \"embedding:my_cat\""):
             prompt.find(words, "l")
