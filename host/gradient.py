@@ -63,7 +63,7 @@ class NormalTensors(TorchFunctionMode):
 def replace_inference_weights(module: torch.nn.Module) -> None:
     """Replaces each parameter and buffer that is an inference tensor by a normal clone with the same bits.
 
-    Clones are made one at a time, so the extra memory is one tensor. The clones do not require a gradient.
+    Clones are made one at a time, so the extra memory is one tensor.
     Weights that the host keeps in main memory and moves for each use stay as they are: moved weights are normal tensors, and
     the originals may be pinned. Must be called outside inference mode.
     """
@@ -72,10 +72,27 @@ def replace_inference_weights(module: torch.nn.Module) -> None:
         moved = getattr(part, "comfy_cast_weights", False)
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_inference() and not (moved and parameter.device.type != device.type):
-                part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_inference():
                 part._buffers[name] = buffer.clone()
+
+
+@contextlib.contextmanager
+def _constant_weights(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the context no weight requires a gradient, so autograd saves no activations for one.
+
+    Older hosts load weights that require a gradient; so do some packs.
+    """
+    requiring = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in requiring:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        with torch.inference_mode():  # elsewhere an inference tensor can't be made to require a gradient again
+            for parameter in requiring:
+                parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -103,7 +120,7 @@ def differentiable(model: torch.nn.Module) -> Iterator[InPlaceWriteTracker]:
     """
     with (torch.inference_mode(False), torch.enable_grad(), _host_global("in_training", True), _host_global("NUM_STREAMS", 0)):
         replace_inference_weights(model)
-        with NormalTensors(), mutation_of_saved_tensors() as writes:
+        with _constant_weights(model), NormalTensors(), mutation_of_saved_tensors() as writes:
             yield writes
 
 

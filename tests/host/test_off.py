@@ -1,6 +1,7 @@
 """Off means off, and after a run the model is as it was."""
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import comfy.model_management
@@ -9,6 +10,7 @@ import comfy_aimdo.host_buffer
 import psutil
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from conftest import Scene
@@ -129,6 +131,32 @@ def test_after_success_the_model_is_as_it_was(scene: Scene):
         scene.sample(apply_steering(scene.model, scene.steering(stop_probability=1.0, recompute=recompute))[0])
     assert_same(before, state(scene.model))
     assert torch.equal(scene.sample(), plain)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_that_require_a_gradient_do_so_again_afterwards(recompute: bool, fails: bool):
+    """As other packs and older hosts load them. No gradient for them is prepared meanwhile."""
+    scene, required = Scene(), []
+    with torch.inference_mode():
+        scene.model.model.diffusion_model.requires_grad_(True)
+    model = scene.model.clone()
+
+    def watch(q, k, v, options):
+        if not torch.is_inference_mode_enabled():
+            required.append(any(parameter.requires_grad for parameter in scene.model.model.parameters()))
+        return attention_pytorch(q, k, v, options["n_heads"])
+
+    model.set_model_attn2_replace(watch, "middle", 0)
+    plain, before = scene.sample(model), state(scene.model)
+    assert True in before["requires_grad"]
+    classifier = Failing() if fails else None
+    patched, _ = apply_steering(model, scene.steering(classifier, stop_probability=1.0, recompute=recompute))
+    with pytest.raises(RuntimeError, match="the classifier fails") if fails else contextlib.nullcontext():
+        scene.sample(patched)
+    assert required and True not in required
+    assert_same(before, state(scene.model))
+    assert torch.equal(scene.sample(model), plain)
 
 
 def test_after_an_exception_in_the_classifier(scene: Scene):

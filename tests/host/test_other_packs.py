@@ -90,6 +90,8 @@ def teacache_flux_forward(self, *args, transformer_options=None, **kwargs):
                 {**given, "transformer_options": args["transformer_options"]})})
         return replacement
 
+    if transformer_options is None:  # an older host passes it by position
+        *args, transformer_options = args
     dit = transformer_options.get("patches_replace", {}).get("dit", {})
     replaced = {"dit": {key: without_options(patch) for key, patch in dit.items()}}
     options = {**transformer_options, "patches_replace": replaced}
