@@ -69,8 +69,14 @@ class Subject:
         return self.scene.sample(model, steps=2, size=(8, 8))
 
     def survives(self, at: int, kind: type[BaseException]) -> None:
-        with pytest.raises(kind, match="injected"), Fault(at, kind):
-            self.run(self.watched)
+        caught = None
+        try:
+            with Fault(at, kind):
+                self.run(self.watched)
+        except kind as error:
+            caught = error
+        # the host itself answers a lack of memory in places, by smaller pieces or fewer pictures at once
+        assert kind is torch.OutOfMemoryError or caught is not None and "injected" in str(caught)
         assert global_state() == self.globals
         assert model_state(self.scene.model) == self.state
         assert torch.equal(self.run(self.scene.model), self.plain)
